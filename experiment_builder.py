@@ -1,0 +1,272 @@
+"""The experiment around a learner: epochs, validation, checkpoints, exact resume and the meta-test.
+
+Everything that decides the numbers of a run is in its checkpoint or is a function of (seed, task index), so a run that
+is stopped anywhere and started again ends with the same weights as one that never was.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Episodes
+from few_shot_learning_system import MAMLFewShotClassifier
+from meta_test import Normalization, Result, episodes_of, meta_test, open_dataset, query_logits
+from utils import checkpoints, distributed
+from utils.devices import peak_memory_gib
+from utils.errors import UserError
+from utils.files import write_csv, write_text
+from utils.names import canonical_name
+from utils.options import Options
+from utils.progress import progress_bar, stop_requests, tell
+from utils.scores import Score, score
+
+SAVE_EVERY_SECONDS = 60.0
+READ_METRICS_EVERY = 50  # iterations, on a GPU: reading one waits for the device
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop (Ctrl-C, SIGTERM) has saved its state; `code` is the process's exit status."""
+
+
+def experiment_folder(options: Options) -> Path:
+    """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME."""
+    task = f"{options.num_classes_per_set}way{options.num_samples_per_class}shot"
+    return Path(options.experiments_dir) / f"{canonical_name(options.dataset_name)}_{task}" / options.experiment_name
+
+
+class Experiment:
+    """One run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/."""
+
+    def __init__(self, options: Options, model: MAMLFewShotClassifier) -> None:
+        self.options, self.model = options, model
+        self.folder = experiment_folder(options)
+        self.models = self.folder / "saved_models"
+        self.history: list[dict[str, float]] = []  # one row per finished epoch
+        self.sums = {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0}  # over the iterations of the current epoch
+        self.normalization: Normalization = None
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train and validate until `total_epochs` epochs are done, going on from the newest good checkpoint."""
+        train_split = open_dataset(self.options, self.options.dataset_name, "train")
+        if self.options.normalization == "channel":
+            self.normalization = (train_split.mean, train_split.std)
+        self.resume()
+        validation_split = open_dataset(self.options, self.options.dataset_name, "val")
+        device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
+        training = episodes_of(train_split, options, device, self.normalization, options.train_seed)
+        validation = episodes_of(validation_split, options, device, self.normalization, options.val_seed)
+        self._write_logs()
+        while len(self.history) < options.total_epochs:
+            self._train_epoch(training, tasks)
+            self._finish_epoch(score(*query_logits(self.model, validation, options, "validation")))
+
+    def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
+        """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
+
+        `tasks` is this process's share of each meta-batch.
+        """
+        options, epoch = self.options, len(self.history)
+        end = (epoch + 1) * options.total_iter_per_epoch
+        unread: list[Tensor] = []  # (2,) each: loss, accuracy; on the device
+        read_every = READ_METRICS_EVERY if self.model.device.type == "cuda" else 1
+        clock = saved = time.monotonic()
+        with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
+            while (done := self.model.iterations_done) < end:
+                batch = episodes.batch(done * options.batch_size + tasks.start, len(tasks))
+                losses, _ = self.model.run_train_iter(batch, epoch)
+                unread.append(torch.stack([losses["loss"], losses["accuracy"]]))
+                bar.update()
+                if (done + 1) % read_every and done + 1 < end:
+                    continue
+                self._read_metrics(unread, bar)
+                clock = self._count_seconds(clock)
+                asked = distributed.any_process(bool(stop))
+                if asked or time.monotonic() - saved > SAVE_EVERY_SECONDS or done + 1 == end:
+                    self._save("latest")
+                    saved = time.monotonic()
+                if asked:
+                    tell(f"stopped and saved at iteration {done + 1}; the same command goes on from here")
+                    raise Stopped(stop[0] if stop else 1)
+
+    def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
+        """Add up the metrics of some iterations; raises UserError at the first that is not a finite number."""
+        rows = distributed.gather_tasks(torch.stack(unread).unsqueeze(0)).mean(0).double().cpu().tolist()
+        first = self.model.iterations_done - len(unread)
+        unread.clear()
+        for offset, (loss, accuracy) in enumerate(rows):
+            if not math.isfinite(loss):
+                tasks = f"{(first + offset) * self.options.batch_size} and the following {self.options.batch_size - 1}"
+                raise UserError(
+                    f"the loss is {loss} at iteration {first + offset} (training tasks {tasks}, --train_seed "
+                    f"{self.options.train_seed}); training has stopped, checkpoints hold earlier, finite weights. "
+                    "Lower --init_inner_loop_learning_rate or --meta_learning_rate"
+                )
+            self.sums["loss"] += loss
+            self.sums["accuracy"] += accuracy
+        done = self.model.iterations_done % self.options.total_iter_per_epoch or self.options.total_iter_per_epoch
+        bar.set_postfix(loss=f"{self.sums['loss'] / done:.3f}", accuracy=f"{self.sums['accuracy'] / done:.1%}")
+
+    def _count_seconds(self, since: float) -> float:
+        now = time.monotonic()
+        self.sums["seconds"] += now - since
+        return now
+
+    def _finish_epoch(self, validation: Score) -> None:
+        """Record the epoch, save it, and forget the epoch checkpoints that are no longer among the best."""
+        iterations = self.options.total_iter_per_epoch
+        row = {
+            "epoch": len(self.history) + 1,
+            "iterations": self.model.iterations_done,
+            "train_loss": self.sums["loss"] / iterations,
+            "train_accuracy": self.sums["accuracy"] / iterations,
+            "val_loss": validation.loss,
+            "val_accuracy": validation.accuracy,
+            "val_ci95_per_episode": validation.ci95_per_episode,
+            "learning_rate": self.model.learning_rate,
+            "seconds": round(self.sums["seconds"], 3),
+        }
+        self.history.append(row)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self._save(f"epoch_{row['epoch']}")
+        if self.ranking()[0] == row["epoch"]:
+            self._save("best")
+        self._save("latest")
+        self._write_logs()
+        if distributed.is_main():
+            for epoch in self.ranking()[self.options.max_models_to_save :]:
+                (self.models / f"epoch_{epoch}").unlink(missing_ok=True)
+        self._print_epoch(row)
+
+    def _print_epoch(self, row: Mapping[str, float]) -> None:
+        best = self.history[int(self.ranking()[0]) - 1]
+        tell(
+            f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
+            f"{row['train_accuracy']:.1%}  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%} "
+            f"± {row['val_ci95_per_episode']:.1%}  best {best['val_accuracy']:.1%} (epoch {best['epoch']})  "
+            f"{row['seconds'] / self.options.total_iter_per_epoch:.3f} s/iteration  "
+            f"peak memory {peak_memory_gib(self.model.device):.1f} GiB"
+        )
+
+    def ranking(self) -> list[int]:
+        """Finished epochs, best validation accuracy first; of equal ones the earlier first."""
+        rows = sorted(self.history, key=lambda row: (-row["val_accuracy"], row["epoch"]))
+        return [int(row["epoch"]) for row in rows]
+
+    def _write_logs(self) -> None:
+        if not distributed.is_main():
+            return
+        write_text(self.folder / "logs" / "options.json", json.dumps(dataclasses.asdict(self.options), indent=2))
+        if self.history:
+            write_csv(self.folder / "logs" / "summary_statistics.csv", self.history)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save(self, name: str) -> None:
+        if distributed.is_main():
+            self.model.save_model(self.models / name, self._state())
+        distributed.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if self.model.device.type == "cuda" else []
+        return {
+            "options": dataclasses.asdict(self.options),
+            "normalization": self.normalization,
+            "history": self.history,
+            "sums": self.sums,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def resume(self) -> None:
+        """Restore what `continue_from_epoch` names; by default the newest checkpoint that is whole, if there is any."""
+        wanted = self.options.continue_from_epoch
+        if wanted == "from_scratch":
+            self._move_aside()
+        elif wanted == "latest":
+            self._restore_newest()
+        else:
+            self._restore(self.models / f"epoch_{wanted}")
+
+    def _move_aside(self) -> None:
+        """Keep the results of an earlier run under another name."""
+        if distributed.is_main() and self.folder.exists():
+            kept = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            self.folder.rename(kept)
+            tell(f"the results of the earlier run are kept in {kept}")
+        distributed.barrier()
+
+    def _restore_newest(self) -> None:
+        names = ["latest", *sorted((p.name for p in self.models.glob("epoch_*")), key=epoch_number, reverse=True)]
+        for path in (self.models / name for name in names):
+            if not path.exists():
+                continue
+            try:
+                self._restore(path)
+            except checkpoints.DamagedCheckpoint as error:
+                tell(f"warning: {error}; trying an older checkpoint")
+            else:
+                return
+        if self.models.is_dir() and any(self.models.glob("[!.]*")):
+            raise UserError(
+                f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
+                "which keeps this folder under another name"
+            )
+
+    def _restore(self, path: Path) -> None:
+        state = self.model.load_checkpoint(path)
+        if "history" not in state:
+            raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
+        for name, value in dataclasses.asdict(self.options).items():
+            before = state["options"].get(name, value)
+            if before != value and name not in MAY_CHANGE:
+                tell(f"warning: --{name} is {value}, but the run was started with {before}; going on with {value}")
+        self.history, self.sums, self.normalization = state["history"], state["sums"], state["normalization"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.model.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        tell(f"going on from {path}: {len(self.history)} epochs, {self.model.iterations_done} iterations done")
+
+    # --- meta-test ---------------------------------------------------------------------------------------------
+
+    def meta_test(self, dataset: str) -> list[Result]:
+        """Test the best checkpoint and the ensemble of the top N on `dataset`; see `meta_test.meta_test`."""
+        state = checkpoints.load(self.models / "latest")
+        self.history, self.normalization = state["history"], state["normalization"]
+        kept = [self.models / f"epoch_{epoch}" for epoch in self.ranking()]
+        kept = [path for path in kept if path.exists()][: self.options.top_n_models]
+        if not kept:
+            raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
+        return meta_test(self.model, self.options, kept, dataset, self.normalization, self.folder)
+
+
+# Options that say where, how long or how a run computes, not what it computes.
+MAY_CHANGE = {
+    *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),
+    *("total_epochs", "max_models_to_save", "top_n_models", "tasks_per_pass", "test_batch_size"),
+    *("name_of_args_json_file", "num_dataprovider_workers", "skip_bad_images"),
+}
+
+
+def local_tasks(batch_size: int) -> range:
+    """This process's share of a meta-batch; raises UserError if it cannot be shared out equally."""
+    ranks = distributed.world_size()
+    if batch_size % ranks:
+        raise UserError(
+            f"--batch_size {batch_size} tasks cannot be shared equally over {ranks} GPUs; use a multiple of {ranks}"
+        )
+    share = batch_size // ranks
+    return range(distributed.rank() * share, (distributed.rank() + 1) * share)
+
+
+def epoch_number(name: str) -> int:
+    digits = name.removeprefix("epoch_")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,309 @@
+"""The gradient-based learner: what one meta-batch of tasks costs, and the outer update.
+
+`inner_loop` adapts the weights to a batch of tasks (MAML, CxGrad); `run_train_iter` sends the query loss of the adapted
+weights back to the meta-parameters and makes one Adam step. All tensors carry a leading task dimension.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inner_loop_optimizers import LSLR, GradientDescent, Weights, context_generator, scale_by_context
+from meta_neural_network_architectures import BatchStatistics, Conv4, update_running_statistics
+from utils import checkpoints, distributed
+from utils.errors import UserError
+from utils.official_checkpoints import load_official
+from utils.options import Options
+
+# x_support, x_target (tasks, way, images, C, H, W), y_support, y_target (tasks, way, images)
+DataBatch = Sequence[Any]
+# What of the inner loop stays in the graph of the query loss: nothing, the weights' path, the inner gradients too.
+EVALUATION, FIRST_ORDER, SECOND_ORDER = 0, 1, 2
+
+
+class Tasks(NamedTuple):
+    """A batch of tasks on the device; rows are way-major: all images of class 0, then of class 1, ..."""
+
+    x_support: Tensor  # (tasks, way*shot, C, H, W)
+    y_support: Tensor  # (tasks, way*shot)
+    x_query: Tensor  # (tasks, way*query, C, H, W)
+    y_query: Tensor  # (tasks, way*query)
+
+
+class InnerStep(NamedTuple):
+    """What one inner step of a batch of tasks used and made."""
+
+    step: int
+    used: Weights  # what the support images went through; CxGrad: after scaling
+    weights: Weights  # after the update
+    support_logits: Tensor  # (tasks, way*shot, way)
+    support_losses: Tensor  # (tasks,)
+    context: Tensor | None  # (tasks, P), after its update
+    gammas: Tensor | None  # (tasks, L)
+
+
+class MAMLFewShotClassifier(nn.Module):
+    """MAML and CxGrad on a 4-conv network, with the official programs' interface.
+
+    Args:
+        im_shape: (batch, C, H, W) of the images.
+        device: where everything runs.
+        args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults.
+    """
+
+    def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
+        super().__init__()
+        self.options = options = Options.from_object(args)
+        self.device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)  # the initial weights are a function of the seed alone
+            self.classifier = build_network((im_shape[1], im_shape[2], im_shape[3]), options)
+            self.inner_names = inner_loop_names(self.classifier, options)
+            self.scaled_names = [name for name in self.inner_names if "linear" not in name]
+            if options.contextual_grad:
+                self.gamma_generator = context_generator(options.num_context_params, len(self.scaled_names))
+            self.inner_loop_optimizer = build_rule(self.inner_names, options)
+        self.to(self.device)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=options.meta_learning_rate)
+        self.iterations_done = 0
+
+    # --- adapting to tasks -------------------------------------------------------------------------------------
+
+    def inner_loop(
+        self, x: Tensor, y: Tensor, steps: int, order: int, statistics: list[BatchStatistics] | None = None
+    ) -> Iterator[InnerStep]:
+        """Adapt to support images x (tasks, n, C, H, W) with labels y (tasks, n); yields after every step.
+
+        Contextual scaling replaces the weights before each step, and the update starts from the scaled weights with
+        the gradient with respect to them (golden README 3.5).
+        """
+        parameters = self.task_parameters(len(x))
+        weights = {name: parameters[name] for name in self.inner_names}
+        context = gammas = None
+        if self.options.contextual_grad:
+            context = self._warm_up_context(parameters, x, y, statistics)
+        for step in range(steps):
+            if order == EVALUATION:
+                weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+                context = None if context is None else context.detach().requires_grad_()
+            used = weights
+            if context is not None:
+                gammas = self.gamma_generator(context)
+                used = scale_by_context(weights, self.scaled_names, gammas)
+            logits = self.classifier({**parameters, **used}, x, step, statistics)
+            losses = cross_entropy(logits, y)
+            gradients, context_gradient = self._gradients(losses.sum(), used, context, order)
+            if context is not None and context_gradient is not None:
+                context = context - self.options.context_params_learning_rate * context_gradient
+            weights = self.inner_loop_optimizer.update(used, gradients, step)
+            yield InnerStep(step, used, weights, logits, losses, context, gammas)
+
+    def task_parameters(self, tasks: int) -> Weights:
+        """The meta-parameters of the network, seen once per task: name -> (tasks, ...), without a copy."""
+        return {name: p.expand(tasks, *p.shape) for name, p in self.classifier.named_parameters()}
+
+    def _warm_up_context(
+        self, parameters: Weights, x: Tensor, y: Tensor, statistics: list[BatchStatistics] | None
+    ) -> Tensor:
+        """The context (tasks, P) after one step from zero; the step is a constant of the outer gradient."""
+        context = x.new_zeros(len(x), self.options.num_context_params, requires_grad=True)
+        scaled = scale_by_context(parameters, self.scaled_names, self.gamma_generator(context))
+        loss = cross_entropy(self.classifier(scaled, x, 0, statistics), y).sum()
+        (gradient,) = torch.autograd.grad(loss, [context])
+        return (context - self.options.context_params_learning_rate * gradient).detach().requires_grad_()
+
+    def _gradients(
+        self, loss: Tensor, weights: Weights, context: Tensor | None, order: int
+    ) -> tuple[Weights, Tensor | None]:
+        wanted = [*weights.values()] if context is None else [*weights.values(), context]
+        second_order = order == SECOND_ORDER
+        keep = second_order or context is not None  # the outer gradient needs the gammas' graph in first order too
+        gradients = torch.autograd.grad(loss, wanted, create_graph=second_order, retain_graph=keep)
+        return dict(zip(weights, gradients, strict=False)), None if context is None else gradients[-1]
+
+    def adapt(self, x_support: Tensor, y_support: Tensor) -> InnerStep:
+        """Adapt for evaluation: support (tasks, n, C, H, W) and labels (tasks, n) -> the state that `predict` takes."""
+        steps = self.options.number_of_evaluation_steps_per_iter
+        *_, state = self.inner_loop(x_support, y_support, steps, EVALUATION)
+        return state
+
+    @torch.no_grad()
+    def predict(self, state: InnerStep, x_query: Tensor) -> Tensor:
+        """Logits (tasks, n, way) of query images (tasks, n, C, H, W); they are batch-normalised together."""
+        return self._query_logits(state, x_query, None)
+
+    def _query_logits(self, state: InnerStep, x: Tensor, statistics: list[BatchStatistics] | None) -> Tensor:
+        parameters = self.task_parameters(len(x)) | state.weights
+        return self.classifier(parameters, x, state.step, statistics)
+
+    # --- outer loop --------------------------------------------------------------------------------------------
+
+    def run_train_iter(
+        self, data_batch: DataBatch, epoch: float, current_iter: int | None = None
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """One outer update on a meta-batch; returns (losses, per-task query logits), left on the device.
+
+        Args:
+            data_batch: x_support, x_target, y_support, y_target; arrays or tensors.
+            epoch: decides on derivative order, multi-step loss and learning rate; its whole part counts.
+            current_iter: iterations done before this one; default: counted by this object.
+        """
+        if current_iter is not None:
+            self.iterations_done = current_iter
+        self._set_learning_rate(int(epoch))
+        self.optimizer.zero_grad()
+        tasks = self._to_device(data_batch)
+        total, losses, logits = len(tasks.x_support), [], []
+        for chunk in self._passes(tasks):
+            chunk_losses, chunk_logits = self.query_losses(chunk, int(epoch))
+            (chunk_losses.sum() / total).backward()
+            losses.append(chunk_losses.detach())
+            logits.append(chunk_logits.detach())
+        distributed.average_gradients(self.parameters())
+        self.optimizer.step()
+        self.iterations_done += 1
+        return self._report(torch.cat(losses), torch.cat(logits), tasks.y_query)
+
+    def query_losses(self, tasks: Tasks, epoch: int) -> tuple[Tensor, Tensor]:
+        """Training loss of each task (tasks,), in the graph, and the logits of the last query pass (tasks, n, way)."""
+        options = self.options
+        steps = options.number_of_training_steps_per_iter
+        importances = step_importances(steps, epoch, options)
+        second_order = options.second_order and epoch > options.first_order_to_second_order_epoch
+        seen: list[BatchStatistics] | None = [] if options.per_step_bn_statistics else None
+        losses = torch.zeros((), device=tasks.x_query.device, dtype=tasks.x_query.dtype)
+        order = SECOND_ORDER if second_order else FIRST_ORDER
+        for state, importance in zip(
+            self.inner_loop(tasks.x_support, tasks.y_support, steps, order, seen), importances, strict=True
+        ):
+            if importance > 0:
+                logits = self._query_logits(state, tasks.x_query, seen)
+                losses = losses + importance * cross_entropy(logits, tasks.y_query)
+        update_running_statistics(self.classifier, seen or [])
+        return losses, logits
+
+    def run_validation_iter(
+        self, data_batch: DataBatch, current_iter: int | None = None
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """Score a meta-batch without changing anything; same result as `run_train_iter`."""
+        tasks = self._to_device(data_batch)
+        passes = self._passes(tasks)
+        logits = torch.cat([self.predict(self.adapt(part.x_support, part.y_support), part.x_query) for part in passes])
+        return self._report(cross_entropy(logits, tasks.y_query), logits, tasks.y_query)
+
+    def _to_device(self, data_batch: DataBatch) -> Tasks:
+        dtype = next(self.parameters()).dtype
+        x_support, x_query, y_support, y_query = (torch.as_tensor(array) for array in data_batch)
+        images = [x.to(self.device, dtype).flatten(1, 2) for x in (x_support, x_query)]
+        labels = [y.to(self.device, torch.long).flatten(1) for y in (y_support, y_query)]
+        return Tasks(images[0], labels[0], images[1], labels[1])
+
+    def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
+        """The meta-batch in micro-batches of tasks; gradients do not depend on the cut."""
+        size = self.options.tasks_per_pass or (1 if self.device.type == "cpu" else len(tasks.x_support))
+        yield from map(Tasks._make, zip(*(tensor.split(size) for tensor in tasks), strict=True))
+
+    def _report(self, losses: Tensor, logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
+        correct = (logits.argmax(2) == labels).to(losses.dtype)
+        report = {"loss": losses.mean(), "accuracy": correct.mean(), "learning_rate": self.learning_rate}
+        return report, list(logits)
+
+    @property
+    def learning_rate(self) -> float:
+        """The outer learning rate in use."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _set_learning_rate(self, epoch: int) -> None:
+        options = self.options
+        schedule = options.lr_schedule or ("per_iteration" if options.contextual_grad else "per_epoch")
+        position = self.iterations_done if schedule == "per_iteration" else epoch
+        rate = cosine(options.meta_learning_rate, options.min_learning_rate, position, options.total_epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def save_model(self, model_save_dir: str | Path, state: Mapping[str, Any]) -> None:
+        """Write weights, optimiser and `state` (plain values and tensors) to the file `model_save_dir`, atomically."""
+        own = {"network": self.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoints.save({**state, **own, "iterations_done": self.iterations_done}, Path(model_save_dir))
+
+    def load_model(self, model_save_dir: str | Path, model_name: str, model_idx: str | int) -> dict[str, Any]:
+        """Restore what `save_model` wrote to MODEL_SAVE_DIR/MODEL_NAME_MODEL_IDX; returns the whole state."""
+        return self.load_checkpoint(Path(model_save_dir) / f"{model_name}_{model_idx}")
+
+    def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Restore what `save_model` wrote to `path`; raises UserError if it is another architecture's or damaged."""
+        state = checkpoints.load(path)
+        try:
+            load_official(self, state["network"])
+        except UserError as error:
+            raise UserError(f"{path} does not fit this model: {error}") from error
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.iterations_done = state.get("iterations_done", 0)
+        return state
+
+
+def build_network(image_shape: tuple[int, int, int], options: Options) -> Conv4:
+    steps = options.number_of_training_steps_per_iter if options.per_step_bn_statistics else None
+    try:
+        return Conv4(
+            image_shape,
+            options.num_classes_per_set,
+            filters=options.cnn_num_filters,
+            stages=options.num_stages,
+            padding=options.conv_padding,
+            max_pooling=options.max_pooling,
+            bias=options.use_bias,
+            step_rows=steps,
+            shared_norm_weights=options.enable_inner_loop_optimizable_bn_params,
+            learnable_norm=(options.learnable_bn_gamma, options.learnable_bn_beta),
+        )
+    except ValueError as error:
+        raise UserError(f"{error}: lower --num_stages or use larger images") from error
+
+
+def inner_loop_names(network: nn.Module, options: Options) -> list[str]:
+    """Names of the parameters that the inner loop moves: all that are trained, batch norm's only when asked for."""
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return [name for name in trained if options.enable_inner_loop_optimizable_bn_params or "norm_layer" not in name]
+
+
+def build_rule(names: Sequence[str], options: Options) -> GradientDescent | LSLR:
+    rate = options.init_inner_loop_learning_rate
+    if options.learnable_per_layer_per_step_inner_loop_learning_rate:
+        return LSLR(names, options.number_of_training_steps_per_iter, rate)
+    return GradientDescent(rate)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each task (tasks,), from logits (tasks, n, way) and labels (tasks, n)."""
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def step_importances(steps: int, epoch: int, options: Options) -> list[float]:
+    """Weight of the query loss after each inner step; 0 means that it is not computed."""
+    epochs = options.multi_step_loss_num_epochs
+    if options.use_multi_step_loss_optimization and epoch < epochs:
+        return multi_step_importances(steps, epoch, epochs)
+    return [0.0] * (steps - 1) + [1.0]
+
+
+def multi_step_importances(steps: int, epoch: int, epochs: int) -> list[float]:
+    """MAML++'s multi-step loss: equal weights that move to the last step over `epochs` (golden README 3.6)."""
+    floor = 0.03 / steps
+    early = max(1 / steps - epoch / (steps * epochs), floor)
+    last = min(1 / steps + epoch * (steps - 1) / (steps * epochs), 1 - (steps - 1) * floor)
+    return [early] * (steps - 1) + [last]
+
+
+def cosine(start: float, end: float, position: int, half_period: int) -> float:
+    """Cosine from `start` at position 0 to `end` at `half_period`, and back again."""
+    return end + (start - end) * (1 + math.cos(math.pi * position / half_period)) / 2

@@ -1,0 +1,159 @@
+"""Scoring a learner on fixed tasks, for validation and for the meta-test of single and averaged checkpoints."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Episodes, Split, open_split
+from few_shot_learning_system import MAMLFewShotClassifier
+from utils import distributed
+from utils.errors import UserError
+from utils.files import replace_file, write_csv, write_text
+from utils.names import canonical_name
+from utils.options import Options
+from utils.progress import progress_bar, tell
+from utils.scores import score
+
+# (mean, std) of each channel; None: pixels in [0, 1] are used as they are
+Normalization = tuple[tuple[float, ...], tuple[float, ...]] | None
+Result = dict[str, Any]
+
+
+def open_dataset(options: Options, name: str, split: str) -> Split:
+    """A split at the experiment's image size; the main process builds the cache, the others then find it."""
+    if not distributed.is_main():
+        distributed.barrier()
+    folder, workers = Path(options.dataset_dir), options.num_dataprovider_workers
+    found = open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
+    if distributed.is_main():
+        distributed.barrier()
+    return found
+
+
+def episodes_of(
+    split: Split, options: Options, device: torch.device, normalization: Normalization, seed: int
+) -> Episodes:
+    """The endless tasks of a split, with the experiment's way, shot and query."""
+    mean, std = normalization or (None, None)
+    way, shot, query = options.num_classes_per_set, options.num_samples_per_class, options.num_target_samples
+    return Episodes(split, way, shot, query, seed, mean, std, device)
+
+
+def query_logits(
+    model: MAMLFewShotClassifier, episodes: Episodes, options: Options, title: str
+) -> tuple[Tensor, Tensor]:
+    """Logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
+    total = options.num_evaluation_tasks
+    share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
+    first, size = distributed.rank() * share, options.evaluation_batch_size
+    logits, labels = [], []
+    with progress_bar(share, 0, title) as bar:
+        for start in range(first, first + share, size):
+            batch = episodes.batch(start, min(size, first + share - start))
+            _, predictions = model.run_validation_iter(batch)
+            logits.append(torch.stack(predictions))
+            labels.append(batch.y_target.flatten(1))
+            bar.update(len(predictions))
+    gathered = [distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels)]
+    return gathered[0], gathered[1]
+
+
+def meta_test(
+    model: MAMLFewShotClassifier,
+    options: Options,
+    checkpoints: Sequence[Path],
+    dataset: str,
+    normalization: Normalization,
+    folder: Path,
+) -> list[Result]:
+    """Score the first checkpoint, and the mean logits of all, on the test split of `dataset`; write and print both.
+
+    Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results go to
+    FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs.
+    """
+    split = open_dataset(options, dataset, "test")
+    episodes = episodes_of(split, options, model.device, normalization, options.val_seed)
+    logits, labels = [], torch.empty(0)
+    for path in checkpoints:
+        model.load_checkpoint(path)
+        one, labels = query_logits(model, episodes, options, f"{split.name}: {path.name}")
+        logits.append(one)
+    protocol = test_protocol(options, split.name)
+    names = [path.name for path in checkpoints]
+    ensemble = score(torch.stack(logits).mean(0), labels)
+    results: list[Result] = [
+        protocol | {"model": "single best", "checkpoints": names[:1]} | score(logits[0], labels)._asdict(),
+        protocol | {"model": f"top-{len(names)} ensemble", "checkpoints": names} | ensemble._asdict(),
+    ]
+    if distributed.is_main():
+        write_results(folder / "logs", results)
+        sample = sample_episode(split, episodes, logits[0][0])
+        file = folder / "visual_outputs" / f"sample_episode_{split.name}.npz"
+        replace_file(file, lambda handle: np.savez_compressed(handle, **sample))
+    for result in results:
+        tell(describe(result))
+    return results
+
+
+def test_protocol(options: Options, dataset: str) -> Result:
+    """What a test result must say about itself to be compared with another."""
+    return {
+        "dataset": dataset,
+        "split": "test",
+        "trained_on": canonical_name(options.dataset_name),
+        "episodes": options.num_evaluation_tasks,
+        "way": options.num_classes_per_set,
+        "shot": options.num_samples_per_class,
+        "query": options.num_target_samples,
+        "steps": options.number_of_evaluation_steps_per_iter,
+        "batch_norm": "transductive",
+        "normalization": options.normalization,
+        "seed": options.val_seed,
+    }
+
+
+def write_results(folder: Path, results: Sequence[Result]) -> None:
+    """FOLDER/test_summary.json and .csv; a repeated test replaces its earlier result."""
+    file = folder / "test_summary.json"
+    try:
+        kept = json.loads(file.read_text()) if file.exists() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
+    same = [identity(result) for result in results]
+    rows = [row for row in kept if identity(row) not in same] + list(results)
+    write_text(file, json.dumps(rows, indent=2))
+    write_csv(file.with_suffix(".csv"), [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows])
+
+
+def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two test results answers to the same question."""
+    names = ("dataset", "split", "episodes", "way", "shot", "query", "steps", "batch_norm", "seed")
+    return (*(result[name] for name in names), result["model"] == "single best")
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """One line with everything needed to compare a test result with a paper's."""
+    return (
+        f"test on {result['dataset']}, {result['way']}-way {result['shot']}-shot, {result['model']}: "
+        f"{result['accuracy']:.2%} ± {result['ci95_per_episode']:.2%} (95 % CI per episode; "
+        f"± {result['ci95_per_query']:.2%} per query), {result['episodes']} episodes, "
+        f"{result['query']} queries per class, {result['batch_norm']} batch norm"
+    )
+
+
+def sample_episode(split: Split, episodes: Episodes, logits: Tensor) -> dict[str, np.ndarray]:
+    """The first task with its predictions, as uint8 images (way, shot or query, H, W, C), for the report's picture."""
+    rows = episodes.indices(0)  # (way, shot + query)
+    classes = np.searchsorted(split.class_starts, rows[:, 0], side="right") - 1
+    images = split.images[rows]
+    return {
+        "support": images[:, : episodes.shot],
+        "query": images[:, episodes.shot :],
+        "predictions": logits.argmax(1).view(len(rows), -1).numpy(),
+        "class_names": np.array([split.class_names[k] for k in classes]),
+    }

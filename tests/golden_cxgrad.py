@@ -1,0 +1,183 @@
+"""Our numbers for every recorded array of a CxGrad golden case, and their errors. Run as a script, it prints the table.
+
+    python tests/golden_cxgrad.py
+
+An error is max|ours - recorded| / max|recorded| of an array, as in the golden README, section 6.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from few_shot_learning_system import (
+    FIRST_ORDER,
+    SECOND_ORDER,
+    MAMLFewShotClassifier,
+    Tasks,
+    cross_entropy,
+    multi_step_importances,
+)
+from inner_loop_optimizers import scale_by_context
+from utils.official_checkpoints import load_official
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "cxgrad"
+RUNNING = ("running_mean", "running_var")
+DTYPES = {"f64": torch.float64, "f32": torch.float32}
+
+
+def load_cases(repository: str) -> dict[str, dict[str, Any]]:
+    """The manifest's cases recorded from one of the official programs: CxGrad, MAML++ or ALFA."""
+    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    return {name: case for name, case in manifest.items() if case["reference_repo"] == repository}
+
+
+class Golden:
+    """One recorded case: its arrays, and models and batches made from them."""
+
+    def __init__(self, name: str, case: Mapping[str, Any], kind: str) -> None:
+        self.arrays = dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+        self.options, self.epoch, self.kind = case["args"], case["epoch"], kind
+        self.evaluation_only = "_eval" in name
+
+    def model(self, **changes: Any) -> MAMLFewShotClassifier:
+        model = MAMLFewShotClassifier((2, 3, 20, 20), "cpu", SimpleNamespace(**{**self.options, **changes}))
+        start = {name[5:]: torch.from_numpy(a) for name, a in self.arrays.items() if name.startswith("init/")}
+        load_official(model, start)
+        return model.to(DTYPES[self.kind])
+
+    def batch(self, iteration: int) -> tuple[np.ndarray, ...]:
+        names = ("x_support", "x_target", "y_support", "y_target")
+        x_support, x_target, y_support, y_target = (self.arrays[name][iteration] for name in names)
+        precision = np.float64 if self.kind == "f64" else np.float32
+        return x_support.astype(precision), x_target.astype(precision), y_support, y_target
+
+    def recorded(self) -> dict[str, np.ndarray]:
+        """What the official program gave in this precision, by array name."""
+        prefix = f"{self.kind}/"
+        return {name.removeprefix(prefix): a for name, a in self.arrays.items() if name.startswith(prefix)}
+
+    def ours(self) -> dict[str, np.ndarray]:
+        """The same quantities, computed by this project."""
+        found = dict(self.evaluation()) if self.evaluation_only else dict(self.training())
+        return {n: v.detach().numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for n, v in found.items()}
+
+    def training(self) -> Iterator[tuple[str, Any]]:
+        yield from self.adaptation("", *self.orders())
+        model = self.model()
+        losses, accuracies, rates = [], [], []
+        for iteration in range(5):
+            result, logits = model.run_train_iter(self.batch(iteration), self.epoch)
+            losses.append(result["loss"])
+            accuracies.append(result["accuracy"])
+            rates.append(result["learning_rate"])
+            if iteration == 0:
+                yield from (("loss", losses[0]), ("accuracy", accuracies[0]), ("target_logits", torch.stack(logits)))
+                yield from (
+                    (f"outer_grad/{n}", p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
+                )
+            if iteration in (0, 4):
+                state = {n: t for n, t in model.state_dict().items() if self.kind == "f64"}
+                yield from ((f"params_after_{iteration + 1}/{n}", t.clone()) for n, t in state.items())
+        yield from {"train_loss": torch.stack(losses), "train_accuracy": torch.stack(accuracies)}.items()
+        yield "learning_rate", rates
+        yield from self.importances()
+        yield from ((f"eval/{name}", value) for name, value in self.evaluation())
+
+    def importances(self) -> Iterator[tuple[str, Any]]:
+        yield "loss_importance_vector", multi_step_importances(3, self.epoch, 15)  # recorded even where it is not used
+        for steps in (3, 5):
+            rows = [multi_step_importances(steps, epoch, 15) for epoch in (0, 3, 14, 15, 20)]
+            yield f"msl_importance_{steps}steps", rows
+
+    def evaluation(self) -> Iterator[tuple[str, Any]]:
+        model = self.model()
+        losses, accuracies = [], []
+        for iteration in range(5):
+            result, logits = model.run_validation_iter(self.batch(iteration))
+            losses.append(result["loss"])
+            accuracies.append(result["accuracy"])
+            if iteration == 0:
+                yield from (("loss", losses[0]), ("accuracy", accuracies[0]), ("target_logits", torch.stack(logits)))
+        yield from {"five_batches_loss": torch.stack(losses), "five_batches_accuracy": torch.stack(accuracies)}.items()
+        yield from self.adaptation("", FIRST_ORDER, False)
+
+    def orders(self) -> tuple[int, bool]:
+        second = self.options["second_order"] and self.epoch > self.options["first_order_to_second_order_epoch"]
+        return SECOND_ORDER if second else FIRST_ORDER, self.options["use_multi_step_loss_optimization"]
+
+    def adaptation(self, prefix: str, order: int, multi_step: bool) -> Iterator[tuple[str, Any]]:
+        """What happens inside the inner loop of iteration 0, step by step."""
+        model = self.model()
+        tasks: Tasks = model._to_device(self.batch(0))
+        seen: list[Any] = []
+        trace = [
+            (state, model._query_logits(state, tasks.x_query, None))
+            for state in model.inner_loop(tasks.x_support, tasks.y_support, 3, order, seen)
+        ]
+        steps = [state for state, _ in trace]
+        queried = [2] if not multi_step else [0, 1, 2]
+        query_logits = torch.stack([trace[k][1] for k in queried], 1)
+        yield "support_loss", torch.stack([s.support_losses for s in steps], 1)
+        yield "support_logits", torch.stack([s.support_logits for s in steps], 1)
+        yield "target_logits_per_forward", query_logits
+        yield "target_loss_per_forward", torch.stack([cross_entropy(trace[k][1], tasks.y_query) for k in queried], 1)
+        yield "target_loss_step_index", queried
+        last_task = torch.stack([s.support_losses[-1] for s in steps]).detach()
+        yield "adaptation_loss", last_task.mean()
+        yield "adaptation_std", last_task.std()
+        yield from ((f"task0/used_weights/step{s.step}/{n}", w[0]) for s in steps for n, w in s.used.items())
+        yield from ((f"task0/adapted_weights/step{s.step}/{n}", w[0]) for s in steps for n, w in s.weights.items())
+        if self.options["contextual_grad"]:
+            yield from self.contexts(model, tasks, steps)
+        if self.options["per_step_bn_statistics"]:
+            model.query_losses(tasks, self.epoch)  # training collects statistics, evaluation leaves them alone
+            yield from ((f"buffers_after_1/{n}", b) for n, b in model.state_dict().items() if n.endswith(RUNNING))
+
+    def contexts(self, model: MAMLFewShotClassifier, tasks: Tasks, steps: list[Any]) -> Iterator[tuple[str, Any]]:
+        parameters = model.task_parameters(2)
+        gammas = model.gamma_generator(torch.zeros(2, 10, dtype=DTYPES[self.kind]))
+        scaled = scale_by_context(parameters, model.scaled_names, gammas)
+        logits = model.classifier(scaled, tasks.x_support, 0)
+        yield "gamma_warmup", gammas
+        yield "warmup_support_logits", logits
+        yield "warmup_support_loss", cross_entropy(logits, tasks.y_support)
+        yield "context_after_warmup", model._warm_up_context(parameters, tasks.x_support, tasks.y_support, None)
+        yield "gamma_step", torch.stack([s.gammas for s in steps], 1)
+        yield "context_after_step", torch.stack([s.context for s in steps], 1)
+
+
+def relative_error(ours: np.ndarray, recorded: np.ndarray) -> float:
+    scale = np.abs(recorded).max(initial=0.0) or 1.0
+    return float(np.abs(ours - recorded).max(initial=0.0) / scale)
+
+
+def is_zero_gradient(name: str) -> bool:
+    """A bias in front of batch norm has no effect; what is recorded for it is rounding noise."""
+    return name.endswith("conv.bias") and ("outer_grad/" in name or "params_after" in name)
+
+
+def is_accuracy(name: str) -> bool:
+    """Recorded as float32 in all runs; in float32 runs a single query may fall on the other side later on."""
+    return "accuracy" in name
+
+
+def largest_error(golden: Golden) -> tuple[float, str, int]:
+    """(largest relative error, its array, number of arrays compared), without accuracies and vanishing gradients."""
+    ours, recorded = golden.ours(), golden.recorded()
+    names = [name for name in recorded if not is_zero_gradient(name) and not is_accuracy(name)]
+    return *max((relative_error(ours[name], recorded[name]), name) for name in names), len(names)
+
+
+if __name__ == "__main__":
+    for name, case in load_cases("CxGrad").items():
+        for kind in DTYPES:
+            error, array, count = largest_error(Golden(name, case, kind))
+            print(f"{name:28} {kind}  {error:.1e}  {array}  ({count} arrays)")

@@ -1,0 +1,317 @@
+"""The experiment loop end to end, and what happens to it when processes die and disks fill."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiment_builder import Experiment, experiment_folder
+from few_shot_learning_system import MAMLFewShotClassifier
+from train_maml_system import main
+from utils import checkpoints
+from utils.errors import UserError
+from utils.options import Options, parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "--dataset_name toy --image_height 8 --image_width 8 --num_classes_per_set 2 --num_samples_per_class 1 "
+    "--num_target_samples 2 --batch_size 2 --cnn_num_filters 4 --num_stages 2 --number_of_training_steps_per_iter 1 "
+    "--number_of_evaluation_steps_per_iter 1 --contextual_grad true --num_context_params 3 --total_epochs 3 "
+    "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set `toy`: 4 classes of 6 noisy 8x8 images of one colour in each split."""
+    folder = tmp_path_factory.mktemp("datasets")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for k in range(4):
+            class_folder = folder / "toy" / split / f"class_{k}"
+            class_folder.mkdir(parents=True)
+            colour = rng.integers(0, 200, 3)
+            for i in range(6):
+                pixels = (colour + rng.integers(0, 56, (8, 8, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(class_folder / f"{i}.png")
+    return folder
+
+
+def command(data: Path, results: Path, *extra: str) -> list[str]:
+    return [*TINY, "--dataset_dir", str(data), "--experiments_dir", str(results), *extra]
+
+
+def folder_of(results: Path) -> Path:
+    return results / "toy_2way1shot" / "experiment"
+
+
+def final_weights(results: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load(folder_of(results) / "saved_models" / "latest")["network"]
+
+
+def history(results: Path) -> list[dict[str, Any]]:
+    """Finished epochs without their times."""
+    rows = checkpoints.load(folder_of(results) / "saved_models" / "latest")["history"]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one undisturbed run."""
+    results = tmp_path_factory.mktemp("finished")
+    main(command(toy_data, results))
+    return results
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+# --- the whole path ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_logs_and_test_results(finished: Path) -> None:
+    folder = folder_of(finished)
+    names = {path.name for path in (folder / "saved_models").iterdir()}
+    epochs = {name for name in names if name.startswith("epoch_")}
+    assert names - epochs == {"latest", "best"} and len(epochs) == 2
+
+    rows = list(csv.DictReader((folder / "logs" / "summary_statistics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and rows[-1]["iterations"] == "12"
+
+    results = json.loads((folder / "logs" / "test_summary.json").read_text())
+    assert [result["model"] for result in results] == ["single best", "top-2 ensemble"]
+    assert all(0 <= result["accuracy"] <= 1 and result["batch_norm"] == "transductive" for result in results)
+    assert {"ci95_per_episode", "ci95_per_query", "seed", "episodes"} <= set(results[0])
+    assert len(list(csv.DictReader((folder / "logs" / "test_summary.csv").open()))) == 2
+    assert json.loads((folder / "logs" / "options.json").read_text())["total_iter_per_epoch"] == 4
+
+
+def test_kept_epochs_are_the_best_by_validation(finished: Path) -> None:
+    rows = sorted(history(finished), key=lambda row: (-row["val_accuracy"], row["epoch"]))
+    kept = {path.name for path in (folder_of(finished) / "saved_models").glob("epoch_*")}
+    assert kept == {f"epoch_{row['epoch']}" for row in rows[:2]}
+    best = checkpoints.load(folder_of(finished) / "saved_models" / "best")
+    assert best["history"][-1]["epoch"] == rows[0]["epoch"]
+
+
+def test_testing_again_replaces_the_result_and_another_data_set_adds_one(finished: Path, toy_data: Path) -> None:
+    file = folder_of(finished) / "logs" / "test_summary.json"
+    before = json.loads(file.read_text())
+    main(command(toy_data, finished, "--evaluate_on_test_set_only", "true"))
+    assert json.loads(file.read_text()) == before
+    other = toy_data / "other" / "test"
+    if not other.exists():
+        other.parent.mkdir()
+        os.symlink(toy_data / "toy" / "val", other)
+    main(command(toy_data, finished, "--evaluate_on_test_set_only", "true", "--test_dataset", "OTHER"))
+    assert [result["dataset"] for result in json.loads(file.read_text())] == ["toy", "toy", "other", "other"]
+    file.write_text(json.dumps(before))
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = final_weights(finished)
+    main(command(toy_data, finished))
+    assert "3 epochs, 12 iterations done" in capsys.readouterr().out
+    assert all(torch.equal(tensor, final_weights(finished)[name]) for name, tensor in before.items())
+
+
+# --- exact resume --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
+    finished: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    arguments = ["train_maml_system.py", *command(toy_data, tmp_path)]
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    rng = random.Random(time.time_ns())
+    for number in signals:
+        process = start(*arguments)
+        wait_for_training(process, tmp_path)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    output, _ = start(*arguments).communicate(timeout=120)
+    assert history(tmp_path) == history(finished), output
+    assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
+
+
+def wait_for_training(process: "subprocess.Popen[str]", results: Path) -> None:
+    """Until the run has written its options, which it does just before the first iteration (or has ended)."""
+    file = folder_of(results) / "logs" / "options.json"
+    before = file.stat().st_mtime_ns if file.exists() else 0
+    while process.poll() is None and not (file.exists() and file.stat().st_mtime_ns > before):
+        time.sleep(0.01)
+
+
+def test_stopping_in_the_middle_of_an_epoch_saves_that_iteration(
+    finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_iteration = MAMLFewShotClassifier.run_train_iter
+
+    def stop_at_the_sixth(self: MAMLFewShotClassifier, *arguments: Any) -> Any:
+        if self.iterations_done == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_iteration(self, *arguments)
+
+    monkeypatch.setattr(MAMLFewShotClassifier, "run_train_iter", stop_at_the_sixth)
+    with pytest.raises(SystemExit) as stopped:
+        main(command(toy_data, tmp_path))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoints.load(folder_of(tmp_path) / "saved_models" / "latest")["iterations_done"] == 6
+    monkeypatch.undo()
+    main(command(toy_data, tmp_path))
+    assert history(tmp_path) == history(finished)
+    assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
+
+
+def test_a_damaged_latest_falls_back_to_the_newest_good_checkpoint(
+    finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(toy_data, tmp_path, "--total_epochs", "2"))
+    latest = folder_of(tmp_path) / "saved_models" / "latest"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    main(command(toy_data, tmp_path))
+    output = capsys.readouterr().out
+    assert "latest is damaged" in output and "going on from" in output and "epoch_2" in output
+    assert history(tmp_path) == history(finished)
+    assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
+
+
+def test_nothing_is_overwritten_when_no_checkpoint_can_be_read(toy_data: Path, tmp_path: Path) -> None:
+    models = folder_of(tmp_path) / "saved_models"
+    models.mkdir(parents=True)
+    (models / "latest").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="--continue_from_epoch from_scratch"):
+        main(command(toy_data, tmp_path))
+    assert (models / "latest").read_bytes() == b"not a checkpoint"
+    main(command(toy_data, tmp_path, "--continue_from_epoch", "from_scratch", "--total_epochs", "1"))
+    kept = [path for path in folder_of(tmp_path).parent.iterdir() if path.name.startswith("experiment.")]
+    assert (kept[0] / "saved_models" / "latest").read_bytes() == b"not a checkpoint"
+
+
+def test_changed_options_are_named_when_going_on(
+    finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(toy_data, tmp_path, "--total_epochs", "1"))
+    main(command(toy_data, tmp_path, "--meta_learning_rate", "0.002"))
+    assert "warning: --meta_learning_rate is 0.002, but the run was started with 0.001" in capsys.readouterr().out
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_does(finished: Path, toy_data: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    output, _ = start(*launcher, "train_maml_system.py", *command(toy_data, tmp_path)).communicate(timeout=180)
+    assert (folder_of(tmp_path) / "logs" / "test_summary.json").exists(), output
+    for name, tensor in final_weights(finished).items():
+        torch.testing.assert_close(final_weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-5)
+    ours, theirs = history(tmp_path), history(finished)
+    assert [row["val_accuracy"] for row in ours] == pytest.approx([row["val_accuracy"] for row in theirs])
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        subprocess.run(
+            [sys.executable, *launcher, "train_maml_system.py", *command(toy_data, tmp_path, "--batch_size", "3")],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    assert "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in failed.value.stderr
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_iteration(toy_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at iteration \d+ \(training tasks \d+"):
+        main(command(toy_data, tmp_path, "--contextual_grad", "false", "--init_inner_loop_learning_rate", "1e30"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--num_classes_per_set", "5"], r"5.*4"),
+        (["--num_target_samples", "6"], r"class_0.*6"),
+        (["--gpu", "97"], r"GPU 97 does not exist on this machine"),
+        (["--dataset_name", "nowhere"], r"nowhere.*preprocess"),
+        (["--evaluate_on_test_set_only", "true"], r"there is no checkpoint .*latest"),
+        (["--continue_from_epoch", "9"], r"there is no checkpoint .*epoch_9"),
+    ],
+)
+def test_bad_input_is_named(toy_data: Path, tmp_path: Path, extra: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        main(command(toy_data, tmp_path, *extra))
+
+
+def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Path) -> None:
+    process = start("train_maml_system.py", *command(toy_data, tmp_path, "--contxtual_grad", "true"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output.startswith("error: there is no option '--contxtual_grad'; did you mean '--contextual_grad'?")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 300 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(toy_data: Path, small_disk: Path, finished: Path) -> None:
+    main(command(toy_data, small_disk, "--total_epochs", "1"))
+    models = folder_of(small_disk) / "saved_models"
+    before = {path.name: path.read_bytes() for path in models.iterdir()}
+    filler = small_disk / "filler"
+    with pytest.raises(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(1024))
+            file.flush()
+    with pytest.raises(UserError, match=r"cannot write .*(No space left|failed).*Free some disk space"):
+        main(command(toy_data, small_disk))
+    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
+    filler.unlink()
+    main(command(toy_data, small_disk, "--max_models_to_save", "2"))
+    assert history(small_disk) == history(finished)
+
+
+def test_results_of_forgiving_names_share_a_folder() -> None:
+    def folder(name: str) -> Path:
+        return experiment_folder(Options(dataset_name=name))
+
+    assert folder("cifar-fs") == folder("CIFAR_FS") == Path("experiments/CIFAR_FS_5way1shot/experiment")
+
+
+def test_experiment_needs_a_finished_epoch_to_test(toy_data: Path, tmp_path: Path) -> None:
+    options = parse_args(command(toy_data, tmp_path))
+    model = MAMLFewShotClassifier((2, 3, 8, 8), "cpu", options)
+    experiment = Experiment(options, model)
+    experiment._save("latest")
+    with pytest.raises(UserError, match="no epoch of .* is finished yet"):
+        experiment.meta_test("toy")

@@ -1,0 +1,388 @@
+"""From archive or fonts to a data set folder: whole or not at all, the same on every run, errors that help."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageFont
+
+from preprocess import digits, glyphs, staging
+from preprocess.preprocess import ensure_builtin, main, prepare
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SPLIT_FILE = "cifar100/splits/bertinetto/{}.txt"
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_archive(path: Path, splits: dict[str, str], images: dict[str, int]) -> Path:
+    """A cifar100.zip of `images` one-byte files per class, with the given text in the split files."""
+    with zipfile.ZipFile(path / "cifar100.zip", "w") as archive:
+        for split, classes in splits.items():
+            archive.writestr(SPLIT_FILE.format(split), classes)
+        for class_name, count in images.items():
+            for index in range(count):
+                archive.writestr(f"cifar100/data/{class_name}/{index:03d}.png", b"x")
+    return path
+
+
+def left_in(folder: Path) -> list[str]:
+    """Everything in the folder, hidden staging folders too, but for the archive."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "cifar100.zip")
+
+
+@pytest.fixture
+def small_archive(shared: Path, tmp_path: Path) -> zipfile.ZipFile:
+    """The real small archive, in place at tmp_path/cifar100.zip."""
+    (tmp_path / "cifar100.zip").write_bytes((shared / "data" / "cifar_fs_small.zip").read_bytes())
+    return zipfile.ZipFile(tmp_path / "cifar100.zip")
+
+
+# ---------------------------------------------------------------- CIFAR-FS
+
+
+def test_the_command_turns_the_real_small_archive_into_class_folders(
+    small_archive: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "cifar-fs", "--datasets_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "train 8 classes, 320 images; val 5 classes, 200 images; test 6 classes, 240 images" in done.stdout
+    assert done.stderr == ""  # no progress bar where nobody watches
+    expected = {
+        f"{split}/{name.removeprefix('cifar100/data/')}": small_archive.read(name)
+        for split in staging.SPLITS
+        for class_name in small_archive.read(SPLIT_FILE.format(split)).decode().split()
+        for name in small_archive.namelist()
+        if name.startswith(f"cifar100/data/{class_name}/")
+    }
+    found = files_in(tmp_path / "CIFAR_FS")
+    del found[staging.CONTENTS_FILE]
+    assert found == expected
+
+
+def test_a_complete_data_set_is_said_so_and_left_alone(
+    small_archive: zipfile.ZipFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare("CIFAR_FS", tmp_path)
+    os.utime(folder, (1, 1))
+    (tmp_path / "cifar100.zip").unlink()  # nor is it needed any more
+    assert prepare("cifar-fs", tmp_path) == folder
+    assert "there already and left alone: train 8 classes" in capsys.readouterr().out.splitlines()[-1]
+    assert folder.stat().st_mtime == 1 and left_in(tmp_path) == ["CIFAR_FS"]
+
+
+def test_a_missing_archive_says_what_to_fetch_and_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cifar100\.zip is missing.*Bertinetto.*134 MB.*bertinetto/r2d2") as error:
+        prepare("CIFAR_FS", tmp_path)
+    assert str(tmp_path / "cifar100.zip") in str(error.value)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/evil.png", "cifar100/data/../../evil.png", "C:\\evil.png", "a\\..\\b"]
+)
+def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    write_archive(tmp_path, {"train": "a", "val": "b", "test": "c"}, {"a": 1, "b": 1, "c": 1})
+    with zipfile.ZipFile(tmp_path / "cifar100.zip", "a") as archive:
+        archive.writestr(name, b"evil")
+    with pytest.raises(UserError, match="leads out"):
+        prepare("CIFAR_FS", tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_a_class_name_in_a_split_file_cannot_lead_out_either(tmp_path: Path) -> None:
+    write_archive(tmp_path, {"train": "../../a", "val": "b", "test": "c"}, {"a": 1, "b": 1, "c": 1})
+    with pytest.raises(UserError, match="0 images"):
+        prepare("CIFAR_FS", tmp_path)
+
+
+def flip_a_byte(data: bytes) -> bytes:
+    """Damage inside the last image: the list of members still reads."""
+    at = data.index(b"PK\x01\x02") - 50
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, lambda data: data[: len(data) // 2], lambda data: b""])
+def test_a_damaged_archive_is_an_error_and_leaves_nothing(
+    small_archive: zipfile.ZipFile, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "cifar100.zip"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="damaged"):
+        prepare("CIFAR_FS", tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_a_class_without_images_or_in_two_splits_is_named(tmp_path: Path) -> None:
+    write_archive(tmp_path, {"train": "a\nx", "val": "b", "test": "c"}, {"a": 1, "b": 1, "c": 1})
+    with pytest.raises(UserError, match="train class 'x' has 0 images"):
+        prepare("CIFAR_FS", tmp_path)
+    write_archive(tmp_path, {"train": "a", "val": "b a", "test": "c"}, {"a": 1, "b": 1, "c": 1})
+    with pytest.raises(UserError, match="'a' in train and in val"):
+        prepare("CIFAR_FS", tmp_path)
+    write_archive(tmp_path, {"train": "a", "val": "b"}, {"a": 1, "b": 1})
+    with pytest.raises(UserError, match=r"has no .*test\.txt"):
+        prepare("CIFAR_FS", tmp_path)
+
+
+def test_the_full_split_must_have_600_images_in_every_class(tmp_path: Path) -> None:
+    names = [f"class{i:03d}" for i in range(100)]
+    splits = {"train": "\n".join(names[:64]), "val": "\n".join(names[64:80]), "test": "\n".join(names[80:])}
+    write_archive(tmp_path, splits, dict.fromkeys(names, 1) | {"class000": 600})
+    with pytest.raises(UserError, match="'class001' has 1 images, not 600"):
+        prepare("CIFAR_FS", tmp_path)
+
+
+def test_a_member_that_is_there_twice_is_missed_in_the_count(tmp_path: Path) -> None:
+    write_archive(tmp_path, {"train": "a", "val": "b", "test": "c"}, {"a": 2, "b": 1, "c": 1})
+    with zipfile.ZipFile(tmp_path / "cifar100.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("cifar100/data/a/000.png", b"again")
+    with pytest.raises(UserError, match="train/a has 2 of 3 images"):
+        prepare("CIFAR_FS", tmp_path)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_full_real_archive_has_100_classes_of_600_images_one_of_them_called_train(
+    shared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cifar100.zip").symlink_to(shared / "data" / "cifar100.zip")
+    contents = staging.count_images(prepare("CIFAR_FS", tmp_path))
+    assert {split: len(classes) for split, classes in contents.items()} == {"train": 64, "val": 16, "test": 20}
+    assert {images for classes in contents.values() for images in classes.values()} == {600}
+    assert sum("train" in classes for classes in contents.values()) == 1
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+def write_one_image(folder: Path) -> staging.Contents:
+    (folder / "train" / "a").mkdir(parents=True)
+    (folder / "train" / "a" / "0.png").write_bytes(b"x")
+    return {"train": {"a": 1}}
+
+
+@pytest.fixture
+def half_built(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the middle of building tmp_path/glyphs."""
+    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "glyphs", "--datasets_dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while not list(tmp_path.glob(".glyphs.partial-*/train/*/20.png")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+        process.kill()
+
+
+def test_a_killed_build_leaves_no_half_data_set_and_the_next_one_cleans_up(
+    half_built: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    half_built.send_signal(signal.SIGKILL)
+    half_built.wait()
+    (leftover,) = left_in(tmp_path)
+    assert leftover.startswith(".glyphs.partial-")
+    (tmp_path / ".glyphs.partial-mine").mkdir()  # not ours: the user's
+    staging.build(tmp_path / "glyphs", write_one_image)
+    assert left_in(tmp_path) == [".glyphs.partial-mine", "glyphs"]
+
+
+def test_a_build_that_another_process_is_at_is_left_alone(half_built: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    staging.build(tmp_path / "glyphs", write_one_image)
+    assert half_built.poll() is None
+    assert [name.rpartition("-")[2] for name in left_in(tmp_path)] == [str(half_built.pid), "glyphs"]
+
+
+def test_ctrl_c_removes_the_staging_folder(half_built: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    half_built.send_signal(signal.SIGINT)
+    half_built.wait()
+    assert left_in(tmp_path) == []
+
+
+def test_of_two_builds_of_one_data_set_the_first_to_end_stays(tmp_path: Path) -> None:
+    def overtaken(folder: Path) -> staging.Contents:
+        (tmp_path / "glyphs").mkdir()  # what the other process's rename does
+        return write_one_image(tmp_path / "glyphs") and write_one_image(folder)
+
+    staging.build(tmp_path / "glyphs", overtaken)
+    assert list(files_in(tmp_path / "glyphs")) == ["train/a/0.png"]  # the other's, which has no contents.json
+    assert left_in(tmp_path) == ["glyphs"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named_with_its_cure_and_nothing_is_left(tmp_path: Path) -> None:
+    def fill(folder: Path) -> staging.Contents:
+        contents = write_one_image(folder)
+        Path("/dev/full").write_bytes(b"x")
+        return contents
+
+    with pytest.raises(UserError, match=r"disk is full\. Free some space .*--datasets_dir"):
+        staging.build(tmp_path / "glyphs", fill)
+    assert left_in(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot build .*Not a directory"):
+        staging.build(tmp_path / "file" / "digits", write_one_image)
+
+
+def test_a_data_set_that_lost_images_is_named_and_not_touched(tmp_path: Path) -> None:
+    staging.build(tmp_path / "digits", write_one_image)
+    (tmp_path / "digits" / "train" / "a" / "0.png").unlink()
+    before = files_in(tmp_path)
+    with pytest.raises(UserError, match=r"not complete: train/a has 0 of 1 images.*move it away"):
+        prepare("digits", tmp_path)
+    assert files_in(tmp_path) == before
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "CIFAR-FS").mkdir()
+    write_one_image(tmp_path / "CIFAR-FS")
+    assert prepare("CIFAR_FS", tmp_path) == tmp_path / "CIFAR-FS"
+    assert "train 1 classes, 1 images (not built by this program" in capsys.readouterr().out
+    (tmp_path / "glyphs" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="no images in train/, val/ or test/"):
+        prepare("glyphs", tmp_path)
+    assert left_in(tmp_path) == ["CIFAR-FS", "glyphs"]
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_an_unknown_name_names_the_nearest_and_nothing_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--datasets", "digits", "CIFAR_FX", "--datasets_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean CIFAR_FS?" in error and "glyphs_colour" in error and "Traceback" not in error
+    assert left_in(tmp_path) == []
+
+
+def test_ensure_builtin_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("CIFAR_FS", "mini_imagenet", "no such thing"):
+        ensure_builtin(name, tmp_path)
+    assert left_in(tmp_path) == []
+    ensure_builtin("Digits", tmp_path)
+    os.utime(tmp_path / "digits", (1, 1))
+    ensure_builtin("digits", tmp_path)
+    assert (tmp_path / "digits").stat().st_mtime == 1
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_digits_are_dark_on_light_rgb_pictures_of_a_test_split(tmp_path: Path) -> None:
+    contents = digits.write_digits(tmp_path)
+    assert contents == staging.count_images(tmp_path)
+    assert list(contents["test"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    zero = Image.open(tmp_path / "test" / "0" / "000.png")
+    assert (zero.size, zero.mode) == ((32, 32), "RGB")
+    pixels = np.asarray(zero)
+    assert pixels[0, 0].min() > 240 and pixels.min() < 30
+
+
+# ---------------------------------------------------------------- glyphs
+
+ALL_CHARACTERS = "".join(glyphs.CHARACTERS.values())
+FEW = "AЖႵ"
+
+
+@pytest.fixture(scope="module")
+def faces() -> dict[str, list[ImageFont.FreeTypeFont]]:
+    return glyphs.faces_of(ALL_CHARACTERS)  # raises where fewer than 8 faces have one of them
+
+
+def test_no_character_is_in_two_classes_and_each_split_has_its_scripts() -> None:
+    scripts = {
+        "train": {"LATIN", "GREEK"},
+        "val": {"CYRILLIC", "GREEK"},
+        "test": {"ARMENIAN", "GEORGIAN"},
+    }
+    assert len(set(ALL_CHARACTERS)) == len(ALL_CHARACTERS) == 291 + 80 + 131
+    assert {unicodedata.category(character) for character in glyphs.SYMBOLS} == {"Sm", "So"}
+    letters = {"train": glyphs.LATIN} | {split: glyphs.CHARACTERS[split] for split in ("val", "test")}
+    for split, characters in letters.items():
+        assert {unicodedata.name(character).split()[0] for character in characters} <= scripts[split]
+
+
+def test_a_character_that_the_fonts_lack_is_an_error_not_a_lost_class() -> None:
+    with pytest.raises(UserError, match=r"CJK_UNIFIED_IDEOGRAPH.*requirements\.txt"):
+        glyphs.faces_of("A漢")
+
+
+@pytest.mark.parametrize("style", [glyphs.PLAIN, glyphs.COLOUR], ids=lambda style: style.name)
+def test_pictures_are_the_same_whatever_was_drawn_before(
+    style: glyphs.Style, faces: dict[str, list[ImageFont.FreeTypeFont]], tmp_path: Path
+) -> None:
+    for run, characters in (("once", FEW), ("again", FEW[::-1])):
+        for character in characters:
+            glyphs.draw_class(style, character, faces[character], tmp_path / run / glyphs.class_name(character))
+    once, again = files_in(tmp_path / "once"), files_in(tmp_path / "again")
+    assert once == again
+    corners = {Image.open(path).getpixel((0, 0)) for path in (tmp_path / "once").rglob("*.png")}
+    assert len(corners) > 0.9 * len(once) == 0.9 * len(FEW) * glyphs.IMAGES_PER_CLASS  # no two draw the same paper
+    assert (tmp_path / "once" / "U+0416_CYRILLIC_CAPITAL_LETTER_ZHE" / "39.png").is_file()
+
+
+def test_every_glyph_is_dark_on_light_and_inside_the_picture(
+    faces: dict[str, list[ImageFont.FreeTypeFont]],
+) -> None:
+    random = np.random.RandomState(0)
+    for character in ALL_CHARACTERS:
+        face = faces[character][random.randint(len(faces[character]))]
+        image = glyphs.picture(glyphs.PLAIN, glyphs.ink_mask(character, face), random)
+        ink = np.asarray(image.convert("L")) < 150
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+        assert 0.01 < ink.mean() < 0.6, character
+        assert not ink[[0, -1]].any() and not ink[:, [0, -1]].any(), f"{character} is cut off"
+
+
+def test_the_contact_sheet_shows_every_split(faces: dict[str, list[ImageFont.FreeTypeFont]], tmp_path: Path) -> None:
+    for split, character in zip(staging.SPLITS, FEW, strict=True):
+        glyphs.draw_class(glyphs.PLAIN, character, faces[character], tmp_path / split / glyphs.class_name(character))
+    sheet = np.asarray(glyphs.contact_sheet(tmp_path, rows=1, columns=3))
+    for row, split in enumerate(staging.SPLITS):
+        first = Image.open(next((tmp_path / split).iterdir()) / "00.png")
+        assert (sheet[row * 46 : row * 46 + 32, :32] == np.asarray(first)).all()
+
+
+def normalised(mask: Image.Image) -> np.ndarray:
+    """The ink scaled to 14 pixels, blurred, as a vector of mean 0 and length 1: (256,)."""
+    scale = 14 / max(mask.size)
+    size = [max(1, round(side * scale)) for side in mask.size]
+    small = Image.new("L", (16, 16))
+    small.paste(mask.resize((size[0], size[1]), Image.Resampling.BOX), ((16 - size[0]) // 2, (16 - size[1]) // 2))
+    pixels = np.asarray(small.filter(ImageFilter.GaussianBlur(0.6)), np.float32).ravel()
+    return (pixels - pixels.mean()) / np.linalg.norm(pixels - pixels.mean())
+
+
+def test_no_two_characters_look_alike(faces: dict[str, list[ImageFont.FreeTypeFont]]) -> None:
+    """The rule by which the characters were chosen (the comment in glyphs.py), without the turned pictures."""
+    common, upright = {}, {}
+    for character, fonts in faces.items():
+        for font in fonts:
+            common[character, font.path] = normalised(glyphs.ink_mask(character, font))
+            upright[font.path] = not str(font.getname()[1]).endswith(("Italic", "Oblique"))
+    for style in (True, False):
+        correlation = np.zeros((len(ALL_CHARACTERS),) * 2)
+        shared_faces = np.zeros_like(correlation)
+        for path in [path for path, is_upright in upright.items() if is_upright is style]:
+            has = np.array([(character, path) in common for character in ALL_CHARACTERS])
+            vectors = np.stack([common.get((character, path), np.zeros(256)) for character in ALL_CHARACTERS])
+            correlation += vectors @ vectors.T
+            shared_faces += np.outer(has, has)
+        correlation = np.where(shared_faces >= 2, correlation / np.maximum(shared_faces, 1), 0)
+        np.fill_diagonal(correlation, 0)
+        worst = np.unravel_index(correlation.argmax(), correlation.shape)
+        assert correlation.max() < 0.84, [ALL_CHARACTERS[i] for i in worst]

@@ -1,0 +1,54 @@
+"""Which device a process computes on, and the settings that make it fast there."""
+
+import ctypes
+import os
+
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(gpu: str | None) -> torch.device:
+    """The device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
+
+    None takes the first GPU if there is one. Raises UserError for an id that this machine does not have.
+    """
+    if gpu is None:
+        gpu = "0" if torch.cuda.is_available() else "cpu"
+    if gpu == "cpu":
+        keep_freed_memory()
+        return torch.device("cpu")
+    ids = [part.strip() for part in gpu.split(",")]
+    count = torch.cuda.device_count()
+    if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
+        there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
+        raise UserError(f"GPU {', '.join(missing)} does not exist on this machine: {there}; 'cpu' runs without one")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != len(ids):
+        raise UserError(
+            f"--gpu {gpu} names {len(ids)} GPUs but {processes} process(es) were started; start one for each, as the "
+            f"scripts do: torchrun --nproc_per_node {len(ids)} train_maml_system.py ..."
+        )
+    device = torch.device("cuda", int(ids[int(os.environ.get("LOCAL_RANK", "0"))]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks instead of returning them to the system: every iteration allocates the same ones."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, which has no such thresholds
+        return
+    trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
+    libc.mallopt(mmap_threshold, largest)
+    libc.mallopt(trim_threshold, largest)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

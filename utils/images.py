@@ -1,0 +1,182 @@
+"""Class folders of image files: list them, and decode them in parallel to uint8 arrays of one shape.
+
+Imports neither torch nor the rest of the program, so that the decoding processes stay light.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.errors import UserError
+
+ImageShape = tuple[int, int, int]  # (C, H, W), C = 3 for RGB, 1 for grey
+
+# Files that live beside images. Any other file must decode: a misspelt suffix is an error, not a lost image.
+NOT_IMAGES = {
+    ".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".log", ".ini", ".db", ".lnk",
+    ".mat", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".zip", ".tar", ".gz", ".tmp", ".part", ".lock", ".md5",
+}  # fmt: skip
+
+
+class Listing(NamedTuple):
+    """What a folder of class folders holds."""
+
+    root: Path
+    class_sizes: dict[str, int]  # classes sorted by name
+    files: list[str]  # CLASS/FILE, class after class, sorted by name within each
+    fingerprint: str  # changes with any file's name, size or modification time
+
+
+def list_classes(root: Path) -> Listing:
+    """Walk root/CLASS/FILE, opening no file. Raises UserError for no classes or a class without images."""
+    class_sizes, files, digest = {}, [], hashlib.sha256()
+    for folder in _children(root):
+        if not (folder.is_dir() or _is_broken_link(folder)):
+            continue
+        images = [entry for entry in _children(root / folder.name) if _may_be_image(entry)]
+        if not images:
+            raise UserError(
+                f"The class folder {root / folder.name} holds no images. They must lie directly in it: "
+                "add some or remove the folder."
+            )
+        class_sizes[folder.name] = len(images)
+        for image in images:
+            stat = image.stat(follow_symlinks=not _is_broken_link(image))
+            files.append(f"{folder.name}/{image.name}")
+            digest.update(os.fsencode(f"{files[-1]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
+    if not files:
+        raise UserError(f"{root} holds no class folders. Put its images at {root}/CLASS/*.png (or .jpg).")
+    return Listing(root, class_sizes, files, digest.hexdigest())
+
+
+def _children(folder: Path) -> list[os.DirEntry[str]]:
+    """What is visible in a folder, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+    except OSError as error:
+        raise UserError(f"Cannot list the folder {folder}: {error.strerror}.") from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _is_broken_link(entry: os.DirEntry[str]) -> bool:
+    """Kept in the listing, so that it ends in an error that names it and not in a silent loss."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _may_be_image(entry: os.DirEntry[str]) -> bool:
+    """Regular files only: to open a named pipe would block for ever."""
+    is_file = entry.is_file() or _is_broken_link(entry)
+    return is_file and os.path.splitext(entry.name)[1].lower() not in NOT_IMAGES
+
+
+def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
+    """(H, W, C) uint8, upright, transparency on white. Raises whatever Pillow does on a damaged file."""
+    channels, height, width = shape
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        plain = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+    if plain.size != (width, height):
+        plain = plain.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(plain).reshape(height, width, channels)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Opaque, with 8 bits per channel."""
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point, of unknown range; save it with 8 bits per channel")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixels have more than 16 bits; save it with 8 bits per channel")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
+class Decoded(NamedTuple):
+    images: np.ndarray  # (readable files, H, W, C) uint8
+    counts: np.ndarray  # (C, 256) int64: how often each pixel value occurs
+    bad: list[tuple[str, str]]  # (file, reason) of the unreadable ones
+
+
+def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) -> Generator[Decoded, None, None]:
+    """All images in the listing's order, about 1 MiB at a time; by default one process per usable CPU.
+
+    Only a few pieces per worker are under way at once, so memory stays flat however many images there are.
+    """
+    size = max(1, min(256, 2**20 // math.prod(shape)))
+    pieces = [listing.files[start : start + size] for start in range(0, len(listing.files), size)]
+    workers = min(workers or _usable_cpus(), len(pieces))
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from (_decode(listing.root, shape, piece) for piece in pieces)
+        return
+    # fork, as torch's DataLoader does: nothing is imported again, and workers touch neither torch nor CUDA
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with_parent)
+    try:
+        yield from _in_order(pool, listing.root, shape, pieces, ahead=3 * workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, root: Path, shape: ImageShape, pieces: Sequence[list[str]], ahead: int
+) -> Iterator[Decoded]:
+    """Like pool.map, but at most `ahead` results wait for a slow consumer."""
+    decode = functools.partial(_decode, root, shape)
+    pending: deque[Future[Decoded]] = deque()
+    try:
+        for done, piece in enumerate(pieces, start=-ahead):
+            pending.append(pool.submit(decode, piece))
+            if done >= 0:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that decoded images of {root} was killed: memory ran out, or a damaged file crashed "
+            "the decoder. Run again with more free memory; if it happens again, look for the file."
+        ) from error
+
+
+def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:
+    channels, height, width = shape
+    images = np.empty((len(files), height, width, channels), np.uint8)
+    good, bad = 0, []
+    for file in files:
+        try:
+            images[good] = decode_image(root / file, shape)
+            good += 1
+        except MemoryError:  # says nothing about the file
+            raise
+        except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
+            bad.append((file, f"{type(error).__name__}: {error}"))
+    images = images[:good]
+    counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(channels)]
+    return Decoded(images, np.stack(counts), bad)
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this worker when its parent is killed; it would otherwise wait for work for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG

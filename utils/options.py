@@ -1,0 +1,264 @@
+"""Every option of training and testing: one typed field each, with its meaning and default.
+
+Order of precedence: default < JSON file (``--name_of_args_json_file``) < command line.
+Names are those of the official CxGrad and MAML++ programs, because users' scripts and JSON files hold them.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from utils.errors import UserError
+
+T = TypeVar("T")
+
+
+def opt(default: T, meaning: str, choices: Sequence[str] = ()) -> T:
+    """A dataclass field that carries its meaning, which the command line's help prints."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
+
+
+@dataclasses.dataclass
+class Options:
+    """Resolved options of one run. Construct through `parse_args` or `from_object`; both validate."""
+
+    # --- data -------------------------------------------------------------------------------------------------
+    dataset_name: str = opt("mini_imagenet", "data set to train on: a folder under dataset_dir, or a built-in one")
+    dataset_dir: str = opt("datasets", "folder that holds the data sets")
+    image_height: int = opt(84, "pixels; images are resized to it")
+    image_width: int = opt(84, "pixels; images are resized to it")
+    image_channels: int = opt(3, "3 = RGB, 1 = grey")
+    normalization: str = opt(
+        "unit",
+        "unit: pixels scaled to [0, 1]; channel: then each channel shifted and scaled by the train split's statistics",
+        ("unit", "channel"),
+    )
+    skip_bad_images: bool = opt(False, "leave out images that cannot be read, with a warning, instead of stopping")
+    num_dataprovider_workers: int | None = opt(
+        None, "processes that decode a data set's images once; default: all cores"
+    )
+
+    # --- tasks ------------------------------------------------------------------------------------------------
+    num_classes_per_set: int = opt(5, "way: classes in a task")
+    num_samples_per_class: int = opt(1, "shot: support images per class")
+    num_target_samples: int = opt(15, "query images per class")
+    batch_size: int = opt(4, "tasks in a training meta-batch, over all devices together")
+    test_batch_size: int | None = opt(None, "tasks in a validation or test meta-batch; default: batch_size")
+    tasks_per_pass: int | None = opt(
+        None, "tasks computed in one vectorised pass, same gradients; default: all on a GPU, one on a CPU"
+    )
+    train_seed: int = opt(0, "seed of the stream of training tasks")
+    val_seed: int = opt(0, "seed of the (separate) streams of validation and test tasks")
+
+    # --- network ----------------------------------------------------------------------------------------------
+    cnn_num_filters: int = opt(48, "filters of every convolution")
+    num_stages: int = opt(4, "convolution blocks")
+    conv_padding: bool = opt(True, "pad convolutions by one pixel")
+    max_pooling: bool = opt(True, "2x2 max-pooling; off: convolutions of stride 2 and a global average pool")
+    use_bias: bool = opt(False, "biases in the convolutions")
+    norm_layer: str = opt("batch_norm", "normalisation after each convolution", ("batch_norm",))
+    per_step_bn_statistics: bool = opt(False, "batch-norm weights and running statistics of their own for each step")
+    learnable_bn_gamma: bool = opt(True, "train the batch norm's scale")
+    learnable_bn_beta: bool = opt(True, "train the batch norm's shift")
+
+    # --- inner loop -------------------------------------------------------------------------------------------
+    number_of_training_steps_per_iter: int = opt(5, "inner steps in training")
+    number_of_evaluation_steps_per_iter: int = opt(5, "inner steps in validation and test")
+    init_inner_loop_learning_rate: float = opt(0.01, "inner learning rate (initial value where it is learned)")
+    learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
+        False, "LSLR (MAML++): learn one inner rate per tensor and step"
+    )
+    enable_inner_loop_optimizable_bn_params: bool = opt(False, "inner steps move the batch norm's scale and shift too")
+    contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context")
+    num_context_params: int = opt(100, "CxGrad: length of the context vector")
+    context_params_learning_rate: float = opt(1.0, "CxGrad: step size of the context vector")
+
+    # --- outer loop -------------------------------------------------------------------------------------------
+    second_order: bool = opt(True, "differentiate through the inner gradients")
+    first_order_to_second_order_epoch: int = opt(-1, "second order only in epochs after this one")
+    use_multi_step_loss_optimization: bool = opt(False, "MSL (MAML++): weighted query loss after every inner step")
+    multi_step_loss_num_epochs: int = opt(15, "MSL: epochs until only the last step counts")
+    meta_learning_rate: float = opt(0.001, "Adam's learning rate at the start")
+    min_learning_rate: float = opt(0.001, "learning rate at the end of the cosine schedule; equal: constant")
+    lr_schedule: str | None = opt(
+        None,
+        "cosine stepped per_epoch (MAML++) or per_iteration with total_epochs iterations as half period, as the "
+        "official CxGrad program does; default: per_iteration with contextual_grad, else per_epoch",
+        ("per_epoch", "per_iteration"),
+    )
+
+    # --- experiment -------------------------------------------------------------------------------------------
+    experiment_name: str = opt("experiment", "results go to experiments_dir/DATASET_NwayKshot/experiment_name")
+    experiments_dir: str = opt("experiments", "folder that holds all results")
+    seed: int = opt(104, "seed of the initial weights")
+    total_epochs: int = opt(100, "epochs; each ends with a validation and a checkpoint")
+    total_iter_per_epoch: int = opt(500, "training iterations in an epoch")
+    num_evaluation_tasks: int = opt(600, "tasks of a validation or test")
+    max_models_to_save: int = opt(5, "epoch checkpoints kept: the best by validation accuracy")
+    top_n_models: int = opt(5, "checkpoints whose logits the ensemble test averages")
+    continue_from_epoch: str = opt("latest", "latest, from_scratch, or the number of a finished epoch that is kept")
+    evaluate_on_test_set_only: bool = opt(False, "no training: meta-test the checkpoints of this experiment")
+    test_dataset: str | None = opt(None, "data set to meta-test on; default: dataset_name")
+    gpu: str | None = opt(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
+    name_of_args_json_file: str | None = opt(None, "JSON file of options; the command line wins over it")
+
+    @classmethod
+    def from_object(cls, source: object) -> "Options":
+        """Options from an object with attributes of these names; missing ones take the defaults, others do not count."""
+        if isinstance(source, cls):
+            source.validate()
+            return source
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls.from_mapping({name: getattr(source, name) for name in names if hasattr(source, name)})
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
+        """Options from a mapping of values or their text; raises UserError for an unknown name or a bad value."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := [name for name in values if name not in fields]:
+            raise UserError(f"{origin}: " + "; ".join(unknown_name(name, fields) for name in unknown))
+        options = cls(**{name: _convert(fields[name], value) for name, value in values.items()})
+        options.validate()
+        return options
+
+    def validate(self) -> None:
+        """Raise UserError where values are out of range or contradict one another."""
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.image_channels not in (1, 3):
+            raise UserError(f"--image_channels is {self.image_channels}; it must be 1 (grey) or 3 (RGB)")
+        if self.top_n_models > self.max_models_to_save:
+            raise UserError(
+                f"--top_n_models {self.top_n_models} needs more checkpoints than --max_models_to_save "
+                f"{self.max_models_to_save} keeps; raise the latter or lower the former"
+            )
+        if self.number_of_evaluation_steps_per_iter > self.number_of_training_steps_per_iter and (
+            self.per_step_bn_statistics or self.learnable_per_layer_per_step_inner_loop_learning_rate
+        ):
+            raise UserError(
+                "--per_step_bn_statistics and --learnable_per_layer_per_step_inner_loop_learning_rate learn one value "
+                f"per training step ({self.number_of_training_steps_per_iter}), so "
+                f"--number_of_evaluation_steps_per_iter {self.number_of_evaluation_steps_per_iter} has none for the "
+                "extra steps; use at most as many steps in evaluation"
+            )
+        if self.continue_from_epoch not in ("latest", "from_scratch") and not self.continue_from_epoch.isdigit():
+            raise UserError(f"--continue_from_epoch is {self.continue_from_epoch!r}: latest, from_scratch or a number")
+        if self.min_learning_rate > self.meta_learning_rate:
+            raise UserError(
+                f"--min_learning_rate {self.min_learning_rate:g} is above --meta_learning_rate "
+                f"{self.meta_learning_rate:g}; the schedule goes from the latter down to the former"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.image_channels, self.image_height, self.image_width
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        return self.test_batch_size or self.batch_size
+
+
+_AT_LEAST_ONE = (
+    *("image_height", "image_width", "num_classes_per_set", "num_samples_per_class", "num_target_samples"),
+    *("batch_size", "test_batch_size", "tasks_per_pass", "num_dataprovider_workers"),
+    *("cnn_num_filters", "num_stages", "num_context_params", "multi_step_loss_num_epochs"),
+    *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter"),
+    *("total_epochs", "total_iter_per_epoch", "num_evaluation_tasks", "max_models_to_save", "top_n_models"),
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    """Options of a command line (default: this process's); raises UserError for anything that is not right."""
+    given, rest = command_line_parser().parse_known_args(argv)
+    if rest:
+        names = [word.lstrip("-").split("=")[0] for word in rest if word.startswith("--")]
+        fields = [field.name for field in dataclasses.fields(Options)]
+        problems = [unknown_name(name, fields, "--") for name in names] or [f"'{rest[0]}' belongs to no option"]
+        raise UserError("; ".join(problems) + ". See --help for all options")
+    values = vars(given)
+    file = values.get("name_of_args_json_file")
+    from_file = read_json(Path(file)) if file not in (None, "None") else {}
+    return Options.from_mapping({**from_file, **values})
+
+
+def command_line_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Options take a value; booleans are true or false.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Options):
+        help_text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=help_text, metavar=_type_name(field))
+    return parser
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The options in a JSON file; raises UserError naming the file and what is wrong with it."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the options file {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold one JSON object of option names and values")
+    fields = [field.name for field in dataclasses.fields(Options)]
+    if unknown := [name for name in values if name not in fields]:
+        raise UserError(f"{path}: " + "; ".join(unknown_name(name, fields) for name in unknown))
+    return values
+
+
+def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """One sentence saying that an option does not exist, with the nearest that does."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"; did you mean '{prefix}{nearest[0]}'?" if nearest else ""
+    return f"there is no option '{prefix}{name}'{hint}"
+
+
+def _base_type(field: "dataclasses.Field[Any]") -> type:
+    """The type of a field, without the None of an optional one."""
+    options = [kind for kind in get_args(field.type) if kind is not type(None)]
+    return options[0] if options else field.type  # type: ignore[return-value]
+
+
+def _type_name(field: "dataclasses.Field[Any]") -> str:
+    return "|".join(field.metadata["choices"]) or _base_type(field).__name__.upper()
+
+
+def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """A value or its text as the field's type; raises UserError naming the option and what it takes."""
+    kind = _base_type(field)
+    if value is None or (value == "None" and kind is not bool and field.default is None):
+        if field.default is not None:
+            raise UserError(f"--{field.name} needs a value ({kind.__name__})")
+        return None
+    try:
+        converted = _boolean(value) if kind is bool else _number_or_text(kind, value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
+    if field.metadata["choices"] and converted not in field.metadata["choices"]:
+        raise UserError(f"--{field.name} is {value!r}; it is one of {', '.join(field.metadata['choices'])}")
+    return converted
+
+
+def _number_or_text(kind: type, value: Any) -> Any:
+    if isinstance(value, (bool, list, dict)) or (kind is int and float(value) != int(float(value))):
+        raise ValueError(value)
+    return kind(value)
+
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"

@@ -1,0 +1,318 @@
+"""What came out of an experiment: a short table and one picture.
+
+python utils/report.py experiments/glyphs_5way1shot/CxGrad_4conv
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if __name__ == "__main__":  # a script finds modules beside itself only; ours are found from the root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN = 6  # support and query images of a class in the picture, at most
+CELL = 0.8  # inches from one image of an episode to the next
+NAME, GAP = 1.85, 0.3  # widths in cells: of a class name; between support and query images
+TRAINING, VALIDATION, CHANCE = "#98a2b3", "#1f5fa8", "#b45309"
+SUPPORT, RIGHT, WRONG = "#374151", "#2e9e5b", "#d0342c"
+
+
+class Epoch(NamedTuple):
+    """A row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
+
+    epoch: float
+    iterations: float  # since the start of training
+    train_accuracy: float
+    val_accuracy: float
+    val_ci95_per_episode: float
+    seconds: float
+
+
+class Result(NamedTuple):
+    """An entry of test_summary.json; accuracy and CIs are in [0, 1]."""
+
+    dataset: str
+    model: str
+    checkpoints: list[str]
+    accuracy: float
+    ci95_per_episode: float
+    ci95_per_query: float
+    split: str
+    episodes: int
+    way: int
+    shot: int
+    query: int
+    steps: int
+    batch_norm: str
+    seed: int
+    trained_on: str
+
+    @property
+    def protocol(self) -> str:
+        return (
+            f"Meta-test: {self.episodes:,} episodes of the {self.split} split, "
+            f"{self.way}-way {self.shot}-shot, {self.query} query images per class,\n"
+            f"{self.steps} inner steps, {self.batch_norm} batch norm, seed {self.seed}; "
+            f"chance level {100 / self.way:.2f} %"
+        )
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        accuracy = f"{100 * self.accuracy:.2f} ± {100 * self.ci95_per_episode:.2f} %"
+        return accuracy, f"± {100 * self.ci95_per_query:.2f} %"
+
+
+class Episode(NamedTuple):
+    """A task and the model's answers."""
+
+    support: np.ndarray  # (way, shot, H, W, C) uint8
+    query: np.ndarray  # (way, query, H, W, C) uint8
+    predictions: np.ndarray  # (way, query), indices of classes
+    class_names: np.ndarray  # (way,)
+
+
+# ---------------------------------------------------------------- what the experiment left
+
+
+def read_epochs(folder: Path) -> list[Epoch]:
+    """Finished epochs; raises UserError where there is none or the file is damaged."""
+    path = folder / "logs" / "summary_statistics.csv"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: no epoch is finished. To train: {_command(folder)}")
+    with _damage_named(path), path.open(newline="") as file:
+        epochs = [Epoch(*(float(row[name]) for name in Epoch._fields)) for row in csv.DictReader(file)]
+    if not epochs:
+        raise UserError(f"{path} has no rows: no epoch is finished. To train: {_command(folder)}")
+    return epochs
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Results of the meta-tests, none before the first; raises UserError if the file is damaged."""
+    path = folder / "logs" / "test_summary.json"
+    if not path.is_file():
+        return []
+    with _damage_named(path):
+        return [Result(*(entry[name] for name in Result._fields)) for entry in json.loads(path.read_text())]
+
+
+def read_episode(folder: Path) -> tuple[str, Episode] | None:
+    """Name and sample episode of the data set trained on, else of the first; UserError for a damaged file."""
+    paths = sorted((folder / "visual_outputs").glob("sample_episode_*.npz"))
+    if not paths:
+        return None
+    trained_on = {f"sample_episode_{result.trained_on}.npz" for result in read_results(folder)}
+    path = next((path for path in paths if path.name in trained_on), paths[0])
+    with _damage_named(path), np.load(path, allow_pickle=False) as file:
+        episode = Episode(*(file[name] for name in Episode._fields))
+    return path.stem.removeprefix("sample_episode_"), episode
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what parsing a damaged file raises into a UserError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
+        ) from error
+
+
+def _command(folder: Path) -> str:
+    """The script that trains this experiment; the pattern of such names where it has none of its own."""
+    task = re.sub(r"way(?=\d+shot$)", "way_", folder.resolve().parent.name)
+    script = Path("experiment_scripts", task, f"{folder.resolve().name}.sh")
+    if not (Path(__file__).resolve().parents[1] / script).is_file():
+        script = Path("experiment_scripts/DATASET_Nway_Kshot/METHOD_BACKBONE.sh")
+    return f"bash {script} GPU_ID"
+
+
+def _title(folder: Path) -> str:
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _best(epochs: Sequence[Epoch]) -> Epoch:
+    return max(epochs, key=lambda epoch: epoch.val_accuracy)
+
+
+# ---------------------------------------------------------------- text
+
+
+def write_report(folder: Path) -> str:
+    """The closing table of an experiment, accuracies in %; raises UserError if no epoch is finished."""
+    epochs, results = read_epochs(folder), read_results(folder)
+    best, last = _best(epochs), epochs[-1]
+    lines = [
+        f"{_title(folder)}: trained to epoch {last.epoch:.0f}, iteration {last.iterations:,.0f}, "
+        f"in {_duration(sum(epoch.seconds for epoch in epochs))}",
+        f"Best validation accuracy {100 * best.val_accuracy:.2f} ± {100 * best.val_ci95_per_episode:.2f} % "
+        f"(95 % CI per episode), epoch {best.epoch:.0f}",
+    ]
+    if not results:
+        lines += ["", f"Not meta-tested yet. To do so: TEST=1 {_command(folder)}"]
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        lines += ["", protocol, "", *_table([result for result in results if result.protocol == protocol])]
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    """A row for each data set, two columns for each model; then the checkpoints behind the models."""
+    models = list(dict.fromkeys(result.model for result in results))
+    cells = {(result.dataset, result.model): result.cells for result in results}
+    rows = [
+        ["", *(text for model in models for text in (model, ""))],
+        ["", *["accuracy ± 95 % CI", "± 95 % CI"] * len(models)],
+        ["data set", *["per episode", "per query"] * len(models)],
+    ]
+    for name in dict.fromkeys(result.dataset for result in results):
+        rows.append([name, *(text for model in models for text in cells.get((name, model), ("–", "–")))])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["   ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
+    checkpoints = dict.fromkeys(f"{result.model}: {', '.join(result.checkpoints)}" for result in results)
+    return [*lines, "", *checkpoints]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------- picture
+
+
+def draw(folder: Path, path: Path) -> Path:
+    """Draw training curve and sample episode into the PNG `path`; raises UserError as `write_report` does."""
+    # Slow to import, so only here; without pyplot it draws with Agg and asks for no display.
+    from matplotlib.figure import Figure
+
+    epochs, sample = read_epochs(folder), read_episode(folder)
+    rows, columns = (len(sample[1].support), _columns(sample[1])) if sample else (5, 0.0)
+    width, height = 5.5 + CELL * columns, 1.75 + CELL * rows  # inches
+    figure = Figure(figsize=(width, height), dpi=150)
+    at = 0.3 / width, 1 - 0.3 / height
+    figure.text(*at, _title(folder), size=13, weight="bold", va="center", parse_math=False)
+
+    def axes(left: float, wide: float, high: float) -> "Axes":
+        """Axes of a size in inches, their upper edge where all images begin."""
+        return figure.add_axes((left / width, 1 - (1.1 + high) / height, wide / width, high / height))
+
+    way = re.search(r"_(\d+)way", folder.resolve().parent.name)
+    _draw_curve(axes(0.8, 4.3, CELL * min(rows, 6)), epochs, 100 / int(way[1]) if way else None)
+    if sample:
+        _draw_episode(axes(5.4, CELL * columns, CELL * rows), *sample)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    return path
+
+
+def _draw_curve(axes: "Axes", epochs: Sequence[Epoch], chance: float | None) -> None:
+    """Accuracies over iterations, all in %, with the CI of the validation and the chance level."""
+    done, train, val, ci = (
+        np.array([getattr(epoch, name) for epoch in epochs])
+        for name in ("iterations", "train_accuracy", "val_accuracy", "val_ci95_per_episode")
+    )
+    best, size = _best(epochs), 5 if len(epochs) <= 30 else 2.5
+    axes.plot(done, 100 * train, "o-", color=TRAINING, markersize=size, label="training")
+    label = "validation, 95 % CI per episode"
+    axes.plot(done, 100 * val, "o-", color=VALIDATION, markersize=size, label=label)
+    # The band's outline is all there is to see of it after a single epoch.
+    axes.fill_between(done, 100 * (val - ci), 100 * (val + ci), color=VALIDATION, alpha=0.2, linewidth=1.5)
+    axes.plot(best.iterations, 100 * best.val_accuracy, "*", color=VALIDATION, markersize=13, mec="white")
+    if chance:
+        axes.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.2, label=f"chance, {chance:.3g} %")
+    title = f"Best validation accuracy {100 * best.val_accuracy:.1f} % (★, epoch {best.epoch:.0f})"
+    axes.set_title(title, loc="left", fontsize=11, pad=22)
+    axes.set(xlabel="iterations", ylabel="accuracy (%)", xlim=(0, 1.05 * done[-1]))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _columns(episode: Episode) -> float:
+    """Width of a drawn episode in cells."""
+    return _query_column(episode) + min(SHOWN, episode.query.shape[1])
+
+
+def _query_column(episode: Episode) -> float:
+    return NAME + min(SHOWN, episode.support.shape[1]) + GAP
+
+
+def _draw_episode(axes: "Axes", dataset: str, episode: Episode) -> None:
+    """A row for each class: its name, support images, query images framed by whether the answer is right."""
+    start, (way, queries) = _query_column(episode), episode.predictions.shape
+    for row, name in enumerate(episode.class_names):
+        axes.text(0.25, row + 0.45, str(row + 1), size=11, weight="bold", ha="center", va="center")
+        axes.text(0.5, row + 0.45, short_name(str(name)), size=8, va="center", parse_math=False)
+        for column, image in enumerate(episode.support[row, :SHOWN]):
+            _draw_image(axes, image, NAME + column, row, SUPPORT)
+        for column, image in enumerate(episode.query[row, :SHOWN]):
+            _draw_answer(axes, image, start + column, row, int(episode.predictions[row, column]))
+    right = int((episode.predictions == np.arange(way)[:, None]).sum())
+    title = f"An episode of {dataset}: {right} of {way * queries} query images right"
+    axes.set(xlim=(0, _columns(episode)), ylim=(way, 0), aspect="auto")
+    axes.set_title(title, loc="left", x=NAME / _columns(episode), fontsize=11, pad=22, parse_math=False)
+    axes.text(NAME, -0.12, "support", size=9)
+    axes.text(start, -0.12, "query" if queries <= SHOWN else f"query, {SHOWN} of {queries} per class", size=9)
+    axes.text(start, way + 0.2, "■ right", color=RIGHT, size=9)
+    axes.text(start + 1, way + 0.2, "■ wrong: taken for the row in the corner", color=WRONG, size=9)
+    axes.axis("off")
+
+
+def _draw_answer(axes: "Axes", image: np.ndarray, x: float, row: int, answer: int) -> None:
+    _draw_image(axes, image, x, row, RIGHT if answer == row else WRONG)
+    if answer != row:
+        corner = {"facecolor": WRONG, "edgecolor": "none", "pad": 1.5}
+        at = x + 0.87, row + 0.87
+        axes.text(*at, str(answer + 1), color="white", size=8, ha="right", va="bottom", bbox=corner)
+
+
+def _draw_image(axes: "Axes", image: np.ndarray, x: float, y: float, colour: str) -> None:
+    """Draw uint8 (H, W, 1 or 3) into the cell at (x, y) with a frame, its longer side 0.9 cells."""
+    from matplotlib.patches import Rectangle
+
+    height, width = (0.9 * side / max(image.shape[:2]) for side in image.shape[:2])
+    axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), extent=(x, x + width, y + height, y))
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=2.5, clip_on=False))
+
+
+def short_name(name: str) -> str:
+    """A class name in three short lines at most; U+0531_ARMENIAN_CAPITAL_LETTER_AYB: Armenian capital ayb."""
+    words = re.sub(r"^U\+[0-9A-F]+_", "", name).replace("_", " ")
+    if name.startswith("U+"):
+        words = words.replace(" LETTER", "").capitalize()
+    return "\n".join(textwrap.wrap(words, 14, max_lines=3, placeholder="…"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the results of an experiment and draw them.")
+    parser.add_argument("folder", type=Path, help="for example experiments/glyphs_5way1shot/CxGrad_4conv")
+    folder = parser.parse_args().folder
+    print(write_report(folder))
+    print(f"\nPicture: {draw(folder, folder / 'visual_outputs' / 'report.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
