@@ -324,7 +324,9 @@ class Episodes:
         self.first_seed = base_seed(seed, split.split)
         self.device, self.dtype = device, dtype
         self._mean = None if mean is None else torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1)
-        self._std = None if std is None else torch.tensor(std, dtype=dtype, device=device).view(-1, 1, 1)
+        self._std = (
+            None if std is None else torch.tensor(std, dtype=dtype, device=device).clamp_min(1e-3).view(-1, 1, 1)
+        )
         self._host = np.asarray(split.images)
         self._resident = _to_device(self._host, device)
 

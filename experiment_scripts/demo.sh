@@ -12,7 +12,7 @@ export PYTHON=$python
 unset TEST TEST_DATASET TEST_BATCH_SIZE
 script=experiment_scripts/glyphs_5way_1shot/CxGrad_4conv.sh
 
-"$python" preprocess/preprocess.py --datasets glyphs digits glyphs_colour ${DATASET_DIR:+--datasets_dir "$DATASET_DIR"}
+"$python" preprocess/preprocess.py --datasets glyphs digits glyphs_colour ${DATASET_DIR:+--dataset_dir "$DATASET_DIR"}
 bash "$script" "$@"
 for domain in digits glyphs_colour; do
   TEST=1 TEST_DATASET=$domain bash "$script" "$@"

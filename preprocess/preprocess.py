@@ -1,6 +1,6 @@
-"""Makes data sets ready for training: DATASETS_DIR/NAME/{train,val,test}/CLASS/*.
+"""Makes data sets ready for training: DATASET_DIR/NAME/{train,val,test}/CLASS/*.
 
-    python preprocess/preprocess.py --datasets CIFAR_FS glyphs digits glyphs_colour
+python preprocess/preprocess.py --datasets CIFAR_FS glyphs digits glyphs_colour
 
 A data set that is there already is left alone. What needs an archive says which, and where to put it.
 """
@@ -12,10 +12,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-if __package__ in (
-    None,
-    "",
-):  # run as a script, Python looks for modules in this folder, not in the repository's root
+if not __package__:  # run as a script: Python looks for modules in this folder, not in the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from preprocess import cifar_fs, digits, glyphs, staging
@@ -74,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--datasets", nargs="+", required=True, metavar="NAME", help=", ".join([*FROM_ARCHIVE, *BUILT_IN])
     )
     parser.add_argument(
-        "--datasets_dir", type=Path, default=Path("datasets"), help="archives and data sets (%(default)s)"
+        "--dataset_dir", type=Path, default=Path("datasets"), help="archives and data sets (%(default)s)"
     )
     options = parser.parse_args(arguments)
     try:
         for name in [known_name(name) for name in options.datasets]:
-            prepare(name, options.datasets_dir)
+            prepare(name, options.dataset_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

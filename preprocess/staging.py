@@ -140,7 +140,7 @@ def _explain(error: OSError, target: Path) -> str:
     cannot = f"cannot build {target}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"{cannot}: the disk is full. Free some space or choose another disk with --datasets_dir, "
+            f"{cannot}: the disk is full. Free some space or choose another disk with --dataset_dir, "
             "then run the same command again; nothing was left behind"
         )
-    return f"{cannot}: {error}. Mend that, or choose another folder with --datasets_dir"
+    return f"{cannot}: {error}. Mend that, or choose another folder with --dataset_dir"

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import test as test_entry
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from train_maml_system import main
@@ -25,12 +27,12 @@ from utils.errors import UserError
 from utils.options import Options, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = (
+TINY = shlex.split(
     "--dataset_name toy --image_height 8 --image_width 8 --num_classes_per_set 2 --num_samples_per_class 1 "
     "--num_target_samples 2 --batch_size 2 --cnn_num_filters 4 --num_stages 2 --number_of_training_steps_per_iter 1 "
     "--number_of_evaluation_steps_per_iter 1 --contextual_grad true --num_context_params 3 --total_epochs 3 "
     "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu"
-).split()
+)
 
 
 @pytest.fixture(scope="session")
@@ -130,11 +132,32 @@ def test_testing_again_replaces_the_result_and_another_data_set_adds_one(finishe
     file.write_text(json.dumps(before))
 
 
-def test_a_finished_run_is_not_trained_again(finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_again(
+    finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = final_weights(finished)
     main(command(toy_data, finished))
     assert "3 epochs, 12 iterations done" in capsys.readouterr().out
     assert all(torch.equal(tensor, final_weights(finished)[name]) for name, tensor in before.items())
+
+
+def test_the_test_entry_scores_checkpoints_and_checks_the_way(finished: Path, toy_data: Path) -> None:
+    file = folder_of(finished) / "logs" / "test_summary.json"
+    before = json.loads(file.read_text())
+    best = [
+        "--load",
+        str(folder_of(finished) / "saved_models" / "best"),
+        "--dataset_dir",
+        str(toy_data),
+        "--gpu",
+        "cpu",
+    ]
+    test_entry.main([*best, "--episode", "7", "--shot", "2", "--query", "3"])
+    added = json.loads(file.read_text())[len(before) :]
+    assert [(row["episodes"], row["shot"], row["query"]) for row in added] == [(7, 2, 3)] * 2
+    with pytest.raises(UserError, match="it cannot be tested with --way 3"):
+        test_entry.main([*best, "--way", "3"])
+    file.write_text(json.dumps(before))
 
 
 # --- exact resume --------------------------------------------------------------------------------------------------
@@ -313,5 +336,5 @@ def test_experiment_needs_a_finished_epoch_to_test(toy_data: Path, tmp_path: Pat
     model = MAMLFewShotClassifier((2, 3, 8, 8), "cpu", options)
     experiment = Experiment(options, model)
     experiment._save("latest")
-    with pytest.raises(UserError, match="no epoch of .* is finished yet"):
+    with pytest.raises(UserError, match=r"no epoch of .* is finished yet"):
         experiment.meta_test("toy")

@@ -55,7 +55,7 @@ def small_archive(shared: Path, tmp_path: Path) -> zipfile.ZipFile:
 def test_the_command_turns_the_real_small_archive_into_class_folders(
     small_archive: zipfile.ZipFile, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "cifar-fs", "--datasets_dir", str(tmp_path)]
+    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "cifar-fs", "--dataset_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "train 8 classes, 320 images; val 5 classes, 200 images; test 6 classes, 240 images" in done.stdout
     assert done.stderr == ""  # no progress bar where nobody watches
@@ -176,7 +176,7 @@ def write_one_image(folder: Path) -> staging.Contents:
 @pytest.fixture
 def half_built(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the middle of building tmp_path/glyphs."""
-    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "glyphs", "--datasets_dir", str(tmp_path)]
+    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "glyphs", "--dataset_dir", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT) as process:
         while not list(tmp_path.glob(".glyphs.partial-*/train/*/20.png")):
             assert process.poll() is None
@@ -226,7 +226,7 @@ def test_a_full_disk_is_named_with_its_cure_and_nothing_is_left(tmp_path: Path) 
         Path("/dev/full").write_bytes(b"x")
         return contents
 
-    with pytest.raises(UserError, match=r"disk is full\. Free some space .*--datasets_dir"):
+    with pytest.raises(UserError, match=r"disk is full\. Free some space .*--dataset_dir"):
         staging.build(tmp_path / "glyphs", fill)
     assert left_in(tmp_path) == []
 
@@ -263,7 +263,7 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path, capsys: pytest.
 def test_an_unknown_name_names_the_nearest_and_nothing_is_built(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--datasets", "digits", "CIFAR_FX", "--datasets_dir", str(tmp_path)]) == 2
+    assert main(["--datasets", "digits", "CIFAR_FX", "--dataset_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "did you mean CIFAR_FS?" in error and "glyphs_colour" in error and "Traceback" not in error
     assert left_in(tmp_path) == []

@@ -272,7 +272,7 @@ def test_demo_keeps_its_data_where_the_user_says(tmp_path: Path) -> None:
     stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"')
     assert call(FOLDER / "demo.sh", "cpu", cwd=tmp_path, PYTHON=stub, DATASET_DIR="data").returncode == 0
     prepare, *runs, _ = log.read_text().splitlines()
-    assert prepare.endswith(f" --datasets_dir {tmp_path}/data")
+    assert prepare.endswith(f" --dataset_dir {tmp_path}/data")
     assert all(f"--dataset_dir {tmp_path}/data" in run for run in runs)
 
 

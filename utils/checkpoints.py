@@ -1,7 +1,5 @@
 """Checkpoint files: written so that a crash leaves the old one or the new one, read without running code in them."""
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or "network" not in state:
         raise DamagedCheckpoint(f"{path} holds no 'network' entry, so it is not a checkpoint of this program")
     return state

@@ -108,7 +108,7 @@ class Options:
 
     @classmethod
     def from_object(cls, source: object) -> "Options":
-        """Options from an object with attributes of these names; missing ones take the defaults, others do not count."""
+        """Options from an object's attributes of these names; missing ones take the defaults, others are ignored."""
         if isinstance(source, cls):
             source.validate()
             return source

@@ -1,0 +1,107 @@
+"""Checkpoint files are whole, safe to read, and say what is wrong with them."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden_cxgrad import GOLDEN, Golden, load_cases
+from utils import checkpoints
+from utils.checkpoints import DamagedCheckpoint
+from utils.errors import UserError
+from utils.official_checkpoints import load_official
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    state = {"network": {"w": torch.arange(3.0)}, "epoch": 3, "rows": [{"a": 0.5}], "none": None}
+    checkpoints.save(state, tmp_path / "new" / "latest")
+    loaded = checkpoints.load(tmp_path / "new" / "latest")
+    assert torch.equal(loaded.pop("network")["w"], torch.arange(3.0))
+    assert loaded == {"epoch": 3, "rows": [{"a": 0.5}], "none": None}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["latest"]
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    """A real process saves two different states in turn; whenever it dies, the file is one of them."""
+    program = (
+        "import sys, torch; from pathlib import Path; from utils import checkpoints\n"
+        "k = 0\n"
+        "while True:\n"
+        "    k += 1; checkpoints.save({'network': {'w': torch.full((300_000,), float(k))}}, Path(sys.argv[1]))\n"
+    )
+    path = tmp_path / "latest"
+    for delay in (0.0, 0.013, 0.051):
+        path.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT)
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        weights = checkpoints.load(path)["network"]["w"]
+        assert weights.shape == (300_000,) and (weights == weights[0]).all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no network"])
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "latest"
+    checkpoints.save({"network": {"w": torch.zeros(1000)}}, path)
+    if damage == "no network":
+        torch.save({"weights": 1}, path)
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-200], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(DamagedCheckpoint, match=str(path)):
+        checkpoints.load(path)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    for save in (torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, protocol=2))):
+        save({"network": Malicious(tmp_path / "ran")}, tmp_path / "bad")
+        with pytest.raises(UserError, match="damaged or not a checkpoint"):
+            checkpoints.load(tmp_path / "bad")
+        assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+def test_official_weights_load_with_and_without_the_module_prefix(tmp_path: Path) -> None:
+    golden = Golden("cxgrad", load_cases("CxGrad")["cxgrad"], "f32")
+    weights = {n[5:]: torch.from_numpy(a) for n, a in golden.arrays.items() if n.startswith("init/")}
+    torch.save({"network": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "train_model_3")
+    for source in (weights, tmp_path / "train_model_3"):
+        model = golden.model(seed=1)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        load_official(model, source)
+        assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+def test_weights_that_do_not_fit_leave_the_model_alone() -> None:
+    golden = Golden("cxgrad", load_cases("CxGrad")["cxgrad"], "f32")
+    model = golden.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = dict(before)
+    weights["classifier.layer_dict.linear.bias"] = torch.zeros(7)
+    del weights["gamma_generator.0.bias"]
+    with pytest.raises(
+        UserError, match=r"it lacks gamma_generator.0.bias; .*linear.bias is \(7,\), the model's is \(3,\)"
+    ):
+        load_official(model, weights)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
