@@ -3,8 +3,8 @@
 python test.py --load experiments/CIFAR_FS_5way5shot/CxGrad_4conv/saved_models/best --dataset CUB --shot 5
 python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000
 
-Several checkpoints are also scored as an ensemble (mean of their logits). Images are resized and normalised as the model
-was trained. Results are added to logs/test_summary.{json,csv} of the checkpoint's experiment.
+Several checkpoints are also scored as an ensemble (mean of their logits). Images are resized and normalised as the
+model was trained. Results are added to logs/test_summary.{json,csv} of the checkpoint's experiment.
 """
 
 import argparse

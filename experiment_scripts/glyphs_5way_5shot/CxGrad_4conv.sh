@@ -15,7 +15,7 @@ row=(
   --init_inner_loop_learning_rate 0.01 --learnable_per_layer_per_step_inner_loop_learning_rate false
   --contextual_grad true --num_context_params 100 --context_params_learning_rate 1
   --second_order true --first_order_to_second_order_epoch -1 --use_multi_step_loss_optimization false
-  --meta_learning_rate 0.003 --min_learning_rate 0.003 --total_epochs 6 --total_iter_per_epoch 60
+  --meta_learning_rate 0.003 --min_learning_rate 0.003 --total_epochs 10 --total_iter_per_epoch 60
   --num_evaluation_tasks 200 --top_n_models 5
   --seed 104 --train_seed 0 --val_seed 0
 )
