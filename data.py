@@ -269,7 +269,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 class Task(NamedTuple):
     classes: np.ndarray  # (way,) indices into the sorted class names
-    rotations: np.ndarray  # (way,) 90° turns, 0..3; drawn because the official sampler does
+    rotations: np.ndarray  # (way,) anticlockwise 90° turns, 0..3; drawn even if not wanted, as official
     positions: np.ndarray  # (way, shot + query) places within each class, support first
 
 
@@ -304,7 +304,9 @@ class Episodes:
     """The fixed, endless sequence of tasks of one split: task i depends on (seed, i) only.
 
     Images are scaled to [0, 1] and, if `mean` and `std` (one number per channel) are given, normalised.
-    Raises UserError if the split is too small for such tasks.
+    With `rotate_classes`, a class turned by 0, 90, 180 or 270 degrees counts as four: each class of a task comes
+    at the turn drawn for it, support and query alike.
+    Raises UserError if the split is too small for such tasks, or its images are not square and to be turned.
     """
 
     def __init__(
@@ -318,6 +320,7 @@ class Episodes:
         std: Sequence[float] | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        rotate_classes: bool = False,
     ) -> None:
         _check_size(split, way, shot, query)
         self.split, self.way, self.shot, self.query = split, way, shot, query
@@ -329,22 +332,28 @@ class Episodes:
         )
         self._host = np.asarray(split.images)
         self._resident = _to_device(self._host, device)
+        self._turned = _turned_pixels(split).to(device) if rotate_classes else None
 
     def indices(self, task: int) -> np.ndarray:
         """(way, shot + query) rows of `split.images`, support first."""
-        drawn = sample_task(self.first_seed + task, self.split.class_sizes, self.way, self.shot, self.query)
-        return self.split.class_starts[drawn.classes, None] + drawn.positions
+        return self._rows(self._draw(task))
 
     def batch(self, first_task: int, tasks: int) -> Batch:
         """Tasks first_task .. first_task + tasks - 1; does not wait for the device."""
-        rows = np.stack([self.indices(first_task + i) for i in range(tasks)])  # (tasks, way, shot + query)
+        drawn = [self._draw(first_task + i) for i in range(tasks)]
+        rows = np.stack([self._rows(task) for task in drawn])  # (tasks, way, shot + query)
+        x_support, x_target = self._images(rows[:, :, : self.shot]), self._images(rows[:, :, self.shot :])
+        if self._turned is not None:
+            pixels = self._turned[self._send(np.stack([task.rotations for task in drawn]))]  # (tasks, way, H*W)
+            x_support, x_target = _rearrange(x_support, pixels), _rearrange(x_target, pixels)
         labels = torch.arange(self.way, device=self.device)[:, None]
-        return Batch(
-            self._images(rows[:, :, : self.shot]),
-            self._images(rows[:, :, self.shot :]),
-            labels.repeat(tasks, 1, self.shot),
-            labels.repeat(tasks, 1, self.query),
-        )
+        return Batch(x_support, x_target, labels.repeat(tasks, 1, self.shot), labels.repeat(tasks, 1, self.query))
+
+    def _draw(self, task: int) -> Task:
+        return sample_task(self.first_seed + task, self.split.class_sizes, self.way, self.shot, self.query)
+
+    def _rows(self, task: Task) -> np.ndarray:
+        return self.split.class_starts[task.classes, None] + task.positions
 
     def _images(self, rows: np.ndarray) -> torch.Tensor:
         """(*rows.shape, C, H, W). Only the indices travel if the split is on the device."""
@@ -372,6 +381,30 @@ def _to_device(images: np.ndarray, device: torch.device) -> torch.Tensor | None:
     for start in range(0, len(images), 4096):  # in pieces: the split may be larger than the host's memory
         resident[start : start + 4096].copy_(torch.from_numpy(np.array(images[start : start + 4096])))
     return resident
+
+
+def _turned_pixels(split: Split) -> torch.Tensor:
+    """(4, H*W): for each number of anticlockwise 90° turns, which pixel comes to each place.
+
+    UserError if the images are not square.
+    """
+    height, width = split.images.shape[1:3]
+    if height != width:
+        raise UserError(
+            f"Classes can be turned by 90° only if images are square, but those of {split.name}/{split.split} are read "
+            f"{height} high and {width} wide: give --image_height and --image_width the same value."
+        )
+    places = torch.arange(height * width).view(height, width)
+    return torch.stack([places.rot90(turns).flatten() for turns in range(4)])
+
+
+def _rearrange(images: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Images (tasks, way, n, C, H, W) with their pixels taken from the given places, (tasks, way, H*W).
+
+    One gather, which is several times faster than four turned copies to choose from.
+    """
+    sources = pixels[:, :, None, None].expand(*images.shape[:4], -1)
+    return images.flatten(4).gather(-1, sources).view_as(images)
 
 
 def _check_size(split: Split, way: int, shot: int, query: int) -> None:

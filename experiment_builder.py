@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from meta_test import Normalization, Result, episodes_of, meta_test, open_datase
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.errors import UserError
-from utils.files import write_csv, write_text
+from utils.files import only_process, write_csv, write_text
 from utils.names import canonical_name
 from utils.options import Options
 from utils.progress import progress_bar, stop_requests, tell
@@ -57,13 +58,18 @@ class Experiment:
 
     def train(self) -> None:
         """Train and validate until `total_epochs` epochs are done, going on from the newest good checkpoint."""
+        with only_process(self.folder, "training") if distributed.is_main() else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
         train_split = open_dataset(self.options, self.options.dataset_name, "train")
         if self.options.normalization == "channel":
             self.normalization = (train_split.mean, train_split.std)
         self.resume()
         validation_split = open_dataset(self.options, self.options.dataset_name, "val")
         device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
-        training = episodes_of(train_split, options, device, self.normalization, options.train_seed)
+        turned = options.turns_classes
+        training = episodes_of(train_split, options, device, self.normalization, options.train_seed, turned)
         validation = episodes_of(validation_split, options, device, self.normalization, options.val_seed)
         self._write_logs()
         while len(self.history) < options.total_epochs:
@@ -90,13 +96,19 @@ class Experiment:
                     continue
                 self._read_metrics(unread, bar)
                 clock = self._count_seconds(clock)
-                asked = distributed.any_process(bool(stop))
-                if asked or time.monotonic() - saved > SAVE_EVERY_SECONDS or done + 1 == end:
+                save_is_due = time.monotonic() - saved > SAVE_EVERY_SECONDS or done + 1 == end
+                agreed = distributed.largest(stop[0] if stop else int(save_is_due))  # all processes save, or none
+                if agreed:
                     self._save("latest")
                     saved = time.monotonic()
-                if asked:
-                    tell(f"stopped and saved at iteration {done + 1}; the same command goes on from here")
-                    raise Stopped(stop[0] if stop else 1)
+                if agreed > 1:
+                    tell(f"stopped and saved at iteration {done + 1}; {self._how_to_go_on()}")
+                    raise Stopped(agreed)
+
+    def _how_to_go_on(self) -> str:
+        if self.options.continue_from_epoch == "latest":
+            return "the same command goes on from here"
+        return "the same command without --continue_from_epoch goes on from here"
 
     def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
         """Add up the metrics of some iterations; raises UserError at the first that is not a finite number."""
@@ -189,70 +201,102 @@ class Experiment:
     def resume(self) -> None:
         """Restore what `continue_from_epoch` names; by default the newest checkpoint that is whole, if there is any."""
         wanted = self.options.continue_from_epoch
+        if wanted == "latest":
+            if newest := self.newest_whole():
+                self._restore(newest)
+            return
         if wanted == "from_scratch":
-            self._move_aside()
-        elif wanted == "latest":
-            self._restore_newest()
+            self._move_aside([*self.models.glob("[!.]*")])
         else:
             self._restore(self.models / f"epoch_{wanted}")
+            self._move_aside(
+                [path for path in self.models.glob("[!.]*") if epoch_number(path.name) not in self.ranking()]
+            )
+            self._save("latest")
 
-    def _move_aside(self) -> None:
-        """Keep the results of an earlier run under another name."""
-        if distributed.is_main() and self.folder.exists():
-            kept = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            self.folder.rename(kept)
-            tell(f"the results of the earlier run are kept in {kept}")
-        distributed.barrier()
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that can be read; None if there is none at all.
 
-    def _restore_newest(self) -> None:
-        names = ["latest", *sorted((p.name for p in self.models.glob("epoch_*")), key=epoch_number, reverse=True)]
-        for path in (self.models / name for name in names):
-            if not path.exists():
-                continue
+        Raises UserError if there are some and all are damaged.
+        """
+        epochs = sorted((path.name for path in self.models.glob("epoch_*")), key=epoch_number, reverse=True)
+        there = [path for name in ("latest", *epochs, "best") if (path := self.models / name).exists()]
+        for path in there:
             try:
-                self._restore(path)
+                checkpoints.load(path)
             except checkpoints.DamagedCheckpoint as error:
                 tell(f"warning: {error}; trying an older checkpoint")
             else:
-                return
-        if self.models.is_dir() and any(self.models.glob("[!.]*")):
+                return path
+        if there:
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
-                "which keeps this folder under another name"
+                "which keeps them in another folder"
             )
+        return None
+
+    def _move_aside(self, paths: list[Path]) -> None:
+        """Keep checkpoints that this run will not go on from in a folder of their own."""
+        if distributed.is_main() and paths:
+            kept = self.models.with_name(f"saved_models_until_{time.strftime('%Y%m%d-%H%M%S')}")
+            kept.mkdir()
+            for path in paths:
+                path.rename(kept / path.name)
+            tell(f"{len(paths)} checkpoints of the earlier run are kept in {kept}")
+        distributed.barrier()
 
     def _restore(self, path: Path) -> None:
         state = self.model.load_checkpoint(path)
         if "history" not in state:
             raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
-        for name, value in dataclasses.asdict(self.options).items():
-            before = state["options"].get(name, value)
-            if before != value and name not in MAY_CHANGE:
-                tell(f"warning: --{name} is {value}, but the run was started with {before}; going on with {value}")
+        self._compare_options(state["options"])
         self.history, self.sums, self.normalization = state["history"], state["sums"], state["normalization"]
         torch.set_rng_state(state["rng"]["cpu"])
         if self.model.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         tell(f"going on from {path}: {len(self.history)} epochs, {self.model.iterations_done} iterations done")
 
+    def _compare_options(self, before: Mapping[str, Any]) -> None:
+        """Warn of options that differ from the run's; raise UserError where its records would become false."""
+        for name, value in dataclasses.asdict(self.options).items():
+            if name in MAY_CHANGE or before.get(name, value) == value:
+                continue
+            change = f"--{name} is {value}, but the run was started with {before[name]}"
+            if name in MUST_STAY:
+                raise UserError(
+                    f"{change}; a run cannot go on with another one. Give the earlier value, another "
+                    "--experiment_name, or --continue_from_epoch from_scratch"
+                )
+            tell(f"warning: {change}; going on with {value}")
+
     # --- meta-test ---------------------------------------------------------------------------------------------
 
     def meta_test(self, dataset: str) -> list[Result]:
         """Test the best checkpoint and the ensemble of the top N on `dataset`; see `meta_test.meta_test`."""
-        state = checkpoints.load(self.models / "latest")
-        self.history, self.normalization = state["history"], state["normalization"]
+        newest = self.newest_whole()
+        if newest is None:
+            raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
+        state = checkpoints.load(newest)
+        self.history = state["history"]
         kept = [self.models / f"epoch_{epoch}" for epoch in self.ranking()]
         kept = [path for path in kept if path.exists()][: self.options.top_n_models]
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
-        return meta_test(self.model, self.options, kept, dataset, self.normalization, self.folder)
+        labels = ("single best", f"top-{len(kept)} ensemble")
+        return meta_test(self.model, self.options, kept, labels, dataset, state["normalization"], self.folder)
 
 
+# Options that decide which tasks an iteration or a validation sees, or how iterations are counted.
+MUST_STAY = {
+    *("dataset_name", "image_height", "image_width", "image_channels", "normalization", "rotate_classes"),
+    *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
+    *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
+}
 # Options that say where, how long or how a run computes, not what it computes.
 MAY_CHANGE = {
     *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),
     *("total_epochs", "max_models_to_save", "top_n_models", "tasks_per_pass", "test_batch_size"),
-    *("name_of_args_json_file", "num_dataprovider_workers", "skip_bad_images"),
+    *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),
 }
 
 

@@ -5,6 +5,7 @@ weights back to the meta-parameters and makes one Adam step. All tensors carry a
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,30 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from inner_loop_optimizers import LSLR, GradientDescent, Weights, context_generator, scale_by_context
-from meta_neural_network_architectures import BatchStatistics, Conv4, update_running_statistics
+from inner_loop_optimizers import (
+    ALFA,
+    LSLR,
+    GradientDescent,
+    MetaSGD,
+    Rule,
+    Weights,
+    alfa_generator,
+    attenuation_generator,
+    context_generator,
+    means,
+    multiply_each,
+    scale_by_context,
+)
+from meta_neural_network_architectures import (
+    Backbone,
+    BatchStatistics,
+    Conv4,
+    NormSettings,
+    ResNet12,
+    update_running_statistics,
+)
 from utils import checkpoints, distributed
 from utils.errors import UserError
 from utils.official_checkpoints import load_official
@@ -43,8 +65,11 @@ class InnerStep(NamedTuple):
     weights: Weights  # after the update
     support_logits: Tensor  # (tasks, way*shot, way)
     support_losses: Tensor  # (tasks,)
-    context: Tensor | None  # (tasks, P), after its update
-    gammas: Tensor | None  # (tasks, L)
+    context: Tensor | None = None  # CxGrad: (tasks, P), after its update
+    gammas: Tensor | None = None  # CxGrad: (tasks, L)
+    embedding: Tensor | None = None  # ALFA: (tasks, 2N), means of weights and gradients
+    generated: Tensor | None = None  # ALFA: (tasks, 2N), alphas and betas
+    statistics: Sequence[BatchStatistics] = ()  # what batch norm saw
 
 
 class MAMLFewShotClassifier(nn.Module):
@@ -67,11 +92,22 @@ class MAMLFewShotClassifier(nn.Module):
             self.scaled_names = [name for name in self.inner_names if "linear" not in name]
             if options.contextual_grad:
                 self.gamma_generator = context_generator(options.num_context_params, len(self.scaled_names))
-            self.inner_loop_optimizer = build_rule(self.inner_names, options)
+            if options.attenuate:
+                self.attenuator = attenuation_generator(len(self.inner_names))
+            if options.alfa:
+                self.regularizer = alfa_generator(len(self.inner_names))
+            moved = {name: self.classifier.get_parameter(name) for name in self.inner_names}
+            self.inner_loop_optimizer = build_rule(moved, options)
         self.to(self.device)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=options.meta_learning_rate)
+        self.optimizer = torch.optim.Adam(list(self.trained_parameters().values()), lr=options.meta_learning_rate)
         self.iterations_done = 0
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What the outer update moves: everything, but not a network that stays at its random initialisation."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if self.options.random_init:
+            trained = {name: p for name, p in trained.items() if not name.startswith("classifier.")}
+        return trained
 
     # --- adapting to tasks -------------------------------------------------------------------------------------
 
@@ -83,30 +119,72 @@ class MAMLFewShotClassifier(nn.Module):
         Contextual scaling replaces the weights before each step, and the update starts from the scaled weights with
         the gradient with respect to them (golden README 3.5).
         """
-        parameters = self.task_parameters(len(x))
+        parameters = self.task_parameters(len(x), evaluation=order == EVALUATION)
         weights = {name: parameters[name] for name in self.inner_names}
-        context = gammas = None
+        context = None
+        if self.options.attenuate:
+            weights = self._attenuate(parameters, x, y, statistics)
         if self.options.contextual_grad:
             context = self._warm_up_context(parameters, x, y, statistics)
         for step in range(steps):
             if order == EVALUATION:
                 weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
                 context = None if context is None else context.detach().requires_grad_()
-            used = weights
-            if context is not None:
-                gammas = self.gamma_generator(context)
-                used = scale_by_context(weights, self.scaled_names, gammas)
-            logits = self.classifier({**parameters, **used}, x, step, statistics)
-            losses = cross_entropy(logits, y)
-            gradients, context_gradient = self._gradients(losses.sum(), used, context, order)
-            if context is not None and context_gradient is not None:
-                context = context - self.options.context_params_learning_rate * context_gradient
-            weights = self.inner_loop_optimizer.update(used, gradients, step)
-            yield InnerStep(step, used, weights, logits, losses, context, gammas)
+            arguments = (step, parameters, weights, context, x, y, order)
+            if self.options.checkpoint_inner_steps and order != EVALUATION:
+                state = checkpoint(self._inner_step, *arguments, use_reentrant=False)
+            else:
+                state = self._inner_step(*arguments)
+            weights, context = state.weights, state.context
+            if statistics is not None:
+                statistics.extend(state.statistics)
+            yield state
 
-    def task_parameters(self, tasks: int) -> Weights:
-        """The meta-parameters of the network, seen once per task: name -> (tasks, ...), without a copy."""
-        return {name: p.expand(tasks, *p.shape) for name, p in self.classifier.named_parameters()}
+    def _inner_step(
+        self, step: int, parameters: Weights, weights: Weights, context: Tensor | None, x: Tensor, y: Tensor, order: int
+    ) -> InnerStep:
+        """One step; may run twice for the same step (checkpointing), so it changes nothing outside."""
+        used, gammas, embedding, generated = weights, None, None, None
+        seen: list[BatchStatistics] | None = [] if self._tracks(order) else None
+        if context is not None:
+            gammas = self.gamma_generator(context)
+            used = scale_by_context(weights, self.scaled_names, gammas)
+        logits = self.classifier({**parameters, **used}, x, step, seen)
+        losses = cross_entropy(logits, y)
+        gradients, context_gradient = self._gradients(losses.sum(), used, context, order)
+        if context is not None and context_gradient is not None:
+            context = context - self.options.context_params_learning_rate * context_gradient
+        if self.options.alfa:
+            embedding = torch.cat([means(used), means(gradients).detach()], 1)
+            generated = self.regularizer(embedding)
+        weights = self.inner_loop_optimizer.update(used, gradients, step, generated)
+        return InnerStep(step, used, weights, logits, losses, context, gammas, embedding, generated, seen or ())
+
+    def _tracks(self, order: int) -> bool:
+        """Whether batch norm's statistics of this pass are wanted: in training, if they are kept."""
+        return order != EVALUATION and self.options.tracks_statistics
+
+    def _attenuate(
+        self, parameters: Weights, x: Tensor, y: Tensor, statistics: list[BatchStatistics] | None
+    ) -> Weights:
+        """L2F: the initial weights times factors generated from the mean gradients of the support loss.
+
+        The gradients stay in the graph in first order and evaluation too, as in the official program.
+        """
+        weights = {name: parameters[name] for name in self.inner_names}
+        loss = cross_entropy(self.classifier(parameters, x, 0, statistics), y).sum()
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        return multiply_each(weights, self.attenuator(means(dict(zip(weights, gradients, strict=True)))))
+
+    def task_parameters(self, tasks: int, evaluation: bool = False) -> Weights:
+        """The meta-parameters of the network, seen once per task: name -> (tasks, ...), without a copy.
+
+        In evaluation they include the running statistics, if batch norm is to use them.
+        """
+        parameters: dict[str, Tensor] = dict(self.classifier.named_parameters())
+        if evaluation and self.options.batch_norm != "transductive":
+            parameters |= dict(self.classifier.named_buffers())
+        return {name: p.expand(tasks, *p.shape) for name, p in parameters.items()}
 
     def _warm_up_context(
         self, parameters: Weights, x: Tensor, y: Tensor, statistics: list[BatchStatistics] | None
@@ -123,23 +201,27 @@ class MAMLFewShotClassifier(nn.Module):
     ) -> tuple[Weights, Tensor | None]:
         wanted = [*weights.values()] if context is None else [*weights.values(), context]
         second_order = order == SECOND_ORDER
-        keep = second_order or context is not None  # the outer gradient needs the gammas' graph in first order too
+        # The outer gradient needs the gammas' graph in first order too.
+        keep = second_order or (context is not None and order == FIRST_ORDER)
         gradients = torch.autograd.grad(loss, wanted, create_graph=second_order, retain_graph=keep)
         return dict(zip(weights, gradients, strict=False)), None if context is None else gradients[-1]
 
     def adapt(self, x_support: Tensor, y_support: Tensor) -> InnerStep:
         """Adapt for evaluation: support (tasks, n, C, H, W) and labels (tasks, n) -> the state that `predict` takes."""
         steps = self.options.number_of_evaluation_steps_per_iter
-        *_, state = self.inner_loop(x_support, y_support, steps, EVALUATION)
-        return state
+        with torch.enable_grad():
+            inner_steps = self.inner_loop(x_support, y_support, steps, EVALUATION)
+            return deque(inner_steps, maxlen=1)[0]  # only the last step is kept, so the others' graphs are freed
 
     @torch.no_grad()
     def predict(self, state: InnerStep, x_query: Tensor) -> Tensor:
         """Logits (tasks, n, way) of query images (tasks, n, C, H, W); they are batch-normalised together."""
-        return self._query_logits(state, x_query, None)
+        return self._query_logits(state, x_query, None, evaluation=True)
 
-    def _query_logits(self, state: InnerStep, x: Tensor, statistics: list[BatchStatistics] | None) -> Tensor:
-        parameters = self.task_parameters(len(x)) | state.weights
+    def _query_logits(
+        self, state: InnerStep, x: Tensor, statistics: list[BatchStatistics] | None, evaluation: bool = False
+    ) -> Tensor:
+        parameters = self.task_parameters(len(x), evaluation) | state.weights
         return self.classifier(parameters, x, state.step, statistics)
 
     # --- outer loop --------------------------------------------------------------------------------------------
@@ -166,6 +248,8 @@ class MAMLFewShotClassifier(nn.Module):
             losses.append(chunk_losses.detach())
             logits.append(chunk_logits.detach())
         distributed.average_gradients(self.parameters())
+        distributed.average(list(self.buffers()))
+        self._clamp_gradients()
         self.optimizer.step()
         self.iterations_done += 1
         return self._report(torch.cat(losses), torch.cat(logits), tasks.y_query)
@@ -176,7 +260,7 @@ class MAMLFewShotClassifier(nn.Module):
         steps = options.number_of_training_steps_per_iter
         importances = step_importances(steps, epoch, options)
         second_order = options.second_order and epoch > options.first_order_to_second_order_epoch
-        seen: list[BatchStatistics] | None = [] if options.per_step_bn_statistics else None
+        seen: list[BatchStatistics] | None = [] if options.tracks_statistics else None
         losses = torch.zeros((), device=tasks.x_query.device, dtype=tasks.x_query.dtype)
         order = SECOND_ORDER if second_order else FIRST_ORDER
         for state, importance in zip(
@@ -187,6 +271,13 @@ class MAMLFewShotClassifier(nn.Module):
                 losses = losses + importance * cross_entropy(logits, tasks.y_query)
         update_running_statistics(self.classifier, seen or [])
         return losses, logits
+
+    def _clamp_gradients(self) -> None:
+        """MAML++ limits each entry of the network's gradient on ImageNet data."""
+        if self.options.clamp_outer_gradients > 0:
+            for parameter in self.classifier.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-self.options.clamp_outer_gradients, self.options.clamp_outer_gradients)
 
     def run_validation_iter(
         self, data_batch: DataBatch, current_iter: int | None = None
@@ -238,48 +329,68 @@ class MAMLFewShotClassifier(nn.Module):
         """Restore what `save_model` wrote to MODEL_SAVE_DIR/MODEL_NAME_MODEL_IDX; returns the whole state."""
         return self.load_checkpoint(Path(model_save_dir) / f"{model_name}_{model_idx}")
 
-    def load_checkpoint(self, path: Path) -> dict[str, Any]:
-        """Restore what `save_model` wrote to `path`; raises UserError if it is another architecture's or damaged."""
+    def load_checkpoint(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
+        """Restore what `save_model` wrote to `path`; with `weights_only`, leave the optimiser alone.
+
+        Raises UserError if it is damaged, or made by another architecture; the model is then unchanged.
+        """
         state = checkpoints.load(path)
+        before = self.optimizer.state_dict()
         try:
+            if "optimizer" in state and not weights_only:
+                self.optimizer.load_state_dict(state["optimizer"])
             load_official(self, state["network"])
-        except UserError as error:
+        except (UserError, ValueError) as error:
+            self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
-        if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
         self.iterations_done = state.get("iterations_done", 0)
         return state
 
 
-def build_network(image_shape: tuple[int, int, int], options: Options) -> Conv4:
-    steps = options.number_of_training_steps_per_iter if options.per_step_bn_statistics else None
+def build_network(image_shape: tuple[int, int, int], options: Options) -> Backbone:
+    norm = NormSettings(
+        steps=options.number_of_training_steps_per_iter if options.per_step_bn_statistics else 0,
+        tracked=options.tracks_statistics,
+        shared_weights=options.enable_inner_loop_optimizable_bn_params,
+        learnable=(options.learnable_bn_gamma, options.learnable_bn_beta),
+    )
+    way = options.num_classes_per_set
     try:
+        if options.backbone == "ResNet-12":
+            return ResNet12(image_shape, way, options.resnet_width_list, norm)
         return Conv4(
             image_shape,
-            options.num_classes_per_set,
+            way,
             filters=options.cnn_num_filters,
             stages=options.num_stages,
             padding=options.conv_padding,
             max_pooling=options.max_pooling,
-            bias=options.use_bias,
-            step_rows=steps,
-            shared_norm_weights=options.enable_inner_loop_optimizable_bn_params,
-            learnable_norm=(options.learnable_bn_gamma, options.learnable_bn_beta),
+            bias=options.has_conv_bias,
+            norm=norm,
         )
     except ValueError as error:
-        raise UserError(f"{error}: lower --num_stages or use larger images") from error
+        raise UserError(f"{error}: use larger images or fewer stages") from error
 
 
 def inner_loop_names(network: nn.Module, options: Options) -> list[str]:
     """Names of the parameters that the inner loop moves: all that are trained, batch norm's only when asked for."""
-    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    return [name for name in trained if options.enable_inner_loop_optimizable_bn_params or "norm_layer" not in name]
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    if not options.enable_inner_loop_optimizable_bn_params:
+        names = [name for name in names if "norm_layer" not in name]
+    if options.inner_loop_part != "all":
+        names = [name for name in names if ("linear" in name) == (options.inner_loop_part == "head")]
+    return names
 
 
-def build_rule(names: Sequence[str], options: Options) -> GradientDescent | LSLR:
-    rate = options.init_inner_loop_learning_rate
+def build_rule(moved: Mapping[str, Tensor], options: Options) -> Rule:
+    """The update rule for the tensors that the inner loop moves."""
+    rate, steps = options.init_inner_loop_learning_rate, options.number_of_training_steps_per_iter
     if options.learnable_per_layer_per_step_inner_loop_learning_rate:
-        return LSLR(names, options.number_of_training_steps_per_iter, rate)
+        return LSLR(moved, steps, rate)
+    if options.meta_sgd:
+        return MetaSGD(moved, rate)
+    if options.alfa:
+        return ALFA(moved, steps, rate, options.init_inner_loop_weight_decay, options.random_init)
     return GradientDescent(rate)
 
 

@@ -36,12 +36,17 @@ def open_dataset(options: Options, name: str, split: str) -> Split:
 
 
 def episodes_of(
-    split: Split, options: Options, device: torch.device, normalization: Normalization, seed: int
+    split: Split,
+    options: Options,
+    device: torch.device,
+    normalization: Normalization,
+    seed: int,
+    rotate_classes: bool = False,
 ) -> Episodes:
     """The endless tasks of a split, with the experiment's way, shot and query."""
     mean, std = normalization or (None, None)
     way, shot, query = options.num_classes_per_set, options.num_samples_per_class, options.num_target_samples
-    return Episodes(split, way, shot, query, seed, mean, std, device)
+    return Episodes(split, way, shot, query, seed, mean, std, device, rotate_classes=rotate_classes)
 
 
 def query_logits(
@@ -67,28 +72,32 @@ def meta_test(
     model: MAMLFewShotClassifier,
     options: Options,
     checkpoints: Sequence[Path],
+    labels: Sequence[str],
     dataset: str,
     normalization: Normalization,
     folder: Path,
 ) -> list[Result]:
     """Score the first checkpoint, and the mean logits of all, on the test split of `dataset`; write and print both.
 
+    `labels` name the two in the results; one label asks for the first only.
+
     Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results go to
     FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs.
     """
     split = open_dataset(options, dataset, "test")
     episodes = episodes_of(split, options, model.device, normalization, options.val_seed)
-    logits, labels = [], torch.empty(0)
+    check_disjoint(episodes, options.num_evaluation_tasks)
+    logits, answers = [], torch.empty(0)
     for path in checkpoints:
-        model.load_checkpoint(path)
-        one, labels = query_logits(model, episodes, options, f"{split.name}: {path.name}")
+        model.load_checkpoint(path, weights_only=True)
+        one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
         logits.append(one)
-    protocol = test_protocol(options, split.name)
+    protocol = test_protocol(options, split.name, normalization)
     names = [path.name for path in checkpoints]
-    ensemble = score(torch.stack(logits).mean(0), labels)
+    scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
     results: list[Result] = [
-        protocol | {"model": "single best", "checkpoints": names[:1]} | score(logits[0], labels)._asdict(),
-        protocol | {"model": f"top-{len(names)} ensemble", "checkpoints": names} | ensemble._asdict(),
+        protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
+        for label, (used, scores) in zip(labels, scored, strict=False)
     ]
     if distributed.is_main():
         write_results(folder / "logs", results)
@@ -100,7 +109,15 @@ def meta_test(
     return results
 
 
-def test_protocol(options: Options, dataset: str) -> Result:
+def check_disjoint(episodes: Episodes, tasks: int) -> None:
+    """Raise RuntimeError if an image is support and query of one task, or twice either."""
+    for task in range(tasks):
+        rows = episodes.indices(task)
+        if len(np.unique(rows)) != rows.size:
+            raise RuntimeError(f"task {task} of {episodes.split.name} uses an image twice")
+
+
+def test_protocol(options: Options, dataset: str, normalization: Normalization) -> Result:
     """What a test result must say about itself to be compared with another."""
     return {
         "dataset": dataset,
@@ -111,8 +128,8 @@ def test_protocol(options: Options, dataset: str) -> Result:
         "shot": options.num_samples_per_class,
         "query": options.num_target_samples,
         "steps": options.number_of_evaluation_steps_per_iter,
-        "batch_norm": "transductive",
-        "normalization": options.normalization,
+        "batch_norm": options.batch_norm,
+        "normalization": "channel" if normalization else "unit",
         "seed": options.val_seed,
     }
 
@@ -133,7 +150,8 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two test results answers to the same question."""
     names = ("dataset", "split", "episodes", "way", "shot", "query", "steps", "batch_norm", "seed")
-    return (*(result[name] for name in names), result["model"] == "single best")
+    model = "ensemble" if result["model"].startswith("top-") else result["model"]  # of more epochs, as a run goes on
+    return (*(result[name] for name in names), model)
 
 
 def describe(result: Mapping[str, Any]) -> str:

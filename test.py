@@ -1,30 +1,36 @@
-"""Score checkpoints on any data set, shot, query and number of episodes.
+"""Score checkpoints, ours or the official programs', on any data set, shot, query, steps and number of episodes.
 
 python test.py --load experiments/CIFAR_FS_5way5shot/CxGrad_4conv/saved_models/best --dataset CUB --shot 5
-python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000
+python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000      the first, and their ensemble
+python test.py --load train_model_42 --config mini_imagenet-CxGrad.json               an official checkpoint
 
-Several checkpoints are also scored as an ensemble (mean of their logits). Images are resized and normalised as the
-model was trained. Results are added to logs/test_summary.{json,csv} of the checkpoint's experiment.
+An ensemble averages logits. Images are resized and normalised as the model was trained. Results are added to
+logs/test_summary.{json,csv} of the checkpoint's experiment, or of the checkpoint's own folder.
 """
 
 import argparse
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import train_maml_system
 from few_shot_learning_system import MAMLFewShotClassifier
 from meta_test import meta_test
 from preprocess.preprocess import ensure_builtin
 from utils import checkpoints
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.options import Options
+from utils.official_checkpoints import infer_options
+from utils.options import Options, read_json
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, nargs="+", required=True, help="checkpoint files, the best one first")
+    parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
+    parser.add_argument("--config", type=Path, help="JSON file of options an official checkpoint was trained with")
     parser.add_argument("--dataset", help="data set to test on; default: the one trained on")
     parser.add_argument("--dataset_dir", default="datasets", help="folder that holds the data sets [%(default)s]")
     parser.add_argument("--episode", type=int, default=1000, help="tasks [%(default)s]")
@@ -32,43 +38,88 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shot", type=int, help="support images per class; default: as trained")
     parser.add_argument("--query", type=int, default=15, help="query images per class [%(default)s]")
     parser.add_argument("--steps", type=int, help="inner steps; default: as trained")
+    parser.add_argument("--batch_norm", help="transductive, per_step or running; default: as trained")
     parser.add_argument("--seed", type=int, default=0, help="of the stream of test tasks [%(default)s]")
     parser.add_argument("--gpu", help="a GPU id or cpu; default: the first GPU if there is one")
-    return parser.parse_args(argv)
+    parser.add_argument("--dry_run", action="store_true", help="train and score a tiny model on made-up images")
+    given = parser.parse_args(argv)
+    if not given.load and not given.dry_run:
+        parser.error("--load names the checkpoint to score")
+    return given
+
+
+def trained_options(state: dict[str, Any], given: argparse.Namespace) -> Options:
+    """The options of training: those in the checkpoint, or what its weights tell, or those in --config."""
+    known = state.get("options") or infer_options(state["network"])
+    if given.config:
+        known |= read_json(given.config)
+    return Options.from_mapping(known, str(given.load[0]))
 
 
 def test_options(trained: Options, given: argparse.Namespace) -> Options:
-    """The options a model was trained with, changed by what the test asks for."""
+    """The options of training, changed by what the test asks for; raises UserError where the model cannot do that."""
     if given.way not in (None, trained.num_classes_per_set):
         raise UserError(
             f"the checkpoint classifies {trained.num_classes_per_set} ways with a linear layer, so it cannot be tested "
             f"with --way {given.way}"
         )
-    changed = dataclasses.replace(
-        trained,
-        dataset_dir=given.dataset_dir,
-        num_samples_per_class=given.shot or trained.num_samples_per_class,
-        num_target_samples=given.query,
-        number_of_evaluation_steps_per_iter=given.steps or trained.number_of_evaluation_steps_per_iter,
-        num_evaluation_tasks=given.episode,
-        val_seed=given.seed,
+    if given.batch_norm in ("per_step", "running") and not trained.tracks_statistics:
+        raise UserError(
+            f"--batch_norm {given.batch_norm} needs statistics that training did not keep; train with "
+            "--per_step_bn_statistics true or --batch_norm running"
+        )
+    asked = {
+        "num_samples_per_class": given.shot,
+        "number_of_evaluation_steps_per_iter": given.steps,
+        "batch_norm": given.batch_norm,
+    }
+    return Options.from_mapping(
+        dataclasses.asdict(trained)
+        | {name: value for name, value in asked.items() if value is not None}
+        | {"dataset_dir": given.dataset_dir, "num_target_samples": given.query}
+        | {"num_evaluation_tasks": given.episode, "val_seed": given.seed}
     )
-    changed.validate()
-    return changed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
+    if given.dry_run:
+        dry_run(given)
+        return
     device = choose_device(given.gpu)
     state = checkpoints.load(given.load[0])
-    if "options" not in state:
-        raise UserError(f"{given.load[0]} does not say how it was trained; test.py reads checkpoints of this program")
-    options = test_options(Options.from_mapping(state["options"], str(given.load[0])), given)
+    options = test_options(trained_options(state, given), given)
     dataset = given.dataset or options.dataset_name
     ensure_builtin(dataset, Path(options.dataset_dir))
     model = MAMLFewShotClassifier((1, *options.image_shape), device, options)
-    experiment = given.load[0].resolve().parents[1]  # EXPERIMENT/saved_models/FILE
-    meta_test(model, options, given.load, dataset, state["normalization"], experiment)
+    file = given.load[0].resolve()
+    folder = file.parent.parent if file.parent.name == "saved_models" else file.parent
+    labels = [file.name]
+    if len(given.load) > 1:
+        labels.append("ensemble of " + ", ".join(path.name for path in given.load))
+    meta_test(model, options, given.load, labels, dataset, state.get("normalization"), folder)
+
+
+def dry_run(given: argparse.Namespace) -> None:
+    """Train for two iterations on made-up images and score the checkpoint on them."""
+    with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
+        options = train_maml_system.shrink(Options(), Path(name))
+        train_maml_system.write_images(options)
+        train_maml_system.run(options, choose_device(given.gpu))
+        (best,) = Path(name).glob("experiments/*/*/saved_models/best")
+        main(
+            [
+                "--load",
+                str(best),
+                "--dataset_dir",
+                name,
+                "--episode",
+                "2",
+                "--query",
+                "1",
+                *(["--gpu", given.gpu] if given.gpu else []),
+            ]
+        )
 
 
 if __name__ == "__main__":

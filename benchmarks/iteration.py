@@ -114,6 +114,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name != "child"}
     kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
     file = ROOT / "benchmarks" / "results" / f"iteration_{options.size}_{kind}.json"
+    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"machine": where, "settings": settings, "rows": rows}, indent=2) + "\n")
     print(f"written to {file.relative_to(ROOT)}")
 

@@ -1,6 +1,6 @@
 """Makes data sets ready for training: DATASET_DIR/NAME/{train,val,test}/CLASS/*.
 
-python preprocess/preprocess.py --datasets CIFAR_FS glyphs digits glyphs_colour
+python preprocess/preprocess.py --datasets CIFAR_FS omniglot glyphs digits glyphs_colour
 
 A data set that is there already is left alone. What needs an archive says which, and where to put it.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a script: Python looks for modules in this folder, not in the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess import cifar_fs, digits, glyphs, staging
+from preprocess import cifar_fs, digits, glyphs, omniglot, staging
 from utils.errors import UserError
 from utils.names import canonical_name, find_dataset
 
@@ -28,6 +28,7 @@ BUILT_IN: dict[str, Callable[[Path], staging.Contents]] = {
 # What is made from an archive: folder of archives, folder to fill -> what is now in it.
 FROM_ARCHIVE: dict[str, Callable[[Path, Path], staging.Contents]] = {
     "CIFAR_FS": cifar_fs.unpack,
+    "omniglot": omniglot.unpack,
 }
 
 

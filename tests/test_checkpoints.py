@@ -81,7 +81,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
 def test_official_weights_load_with_and_without_the_module_prefix(tmp_path: Path) -> None:
-    golden = Golden("cxgrad", load_cases("CxGrad")["cxgrad"], "f32")
+    golden = Golden("cxgrad", load_cases()["cxgrad"], "f32")
     weights = {n[5:]: torch.from_numpy(a) for n, a in golden.arrays.items() if n.startswith("init/")}
     torch.save({"network": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "train_model_3")
     for source in (weights, tmp_path / "train_model_3"):
@@ -94,7 +94,7 @@ def test_official_weights_load_with_and_without_the_module_prefix(tmp_path: Path
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
 def test_weights_that_do_not_fit_leave_the_model_alone() -> None:
-    golden = Golden("cxgrad", load_cases("CxGrad")["cxgrad"], "f32")
+    golden = Golden("cxgrad", load_cases()["cxgrad"], "f32")
     model = golden.model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = dict(before)

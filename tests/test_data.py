@@ -545,14 +545,70 @@ def test_normalisation_centres_every_channel(episodes: Callable[..., Episodes]) 
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.fixture(params=[1, 3], ids=["one channel", "three channels"])
+def plain_and_turned(cifar_fs: Path, request: pytest.FixtureRequest) -> tuple[Episodes, Episodes]:
+    """The same normalised tasks, without and with class rotations."""
+    split = open_split(cifar_fs, "CIFAR_FS", "train", (request.param, 32, 32))
+    plain, turned = (
+        Episodes(split, 5, 2, 3, 0, split.mean, split.std, CPU, rotate_classes=rotate) for rotate in (False, True)
+    )
+    return plain, turned
+
+
+def test_rotated_classes_are_numpys_rot90_of_the_same_tasks(plain_and_turned: tuple[Episodes, Episodes]) -> None:
+    plain, turned = plain_and_turned
+    upright, batch = plain.batch(7, 4), turned.batch(7, 4)
+    seen = set()
+    for t in range(4):
+        rotations = sample_task(plain.first_seed + 7 + t, plain.split.class_sizes, 5, 2, 3).rotations.tolist()
+        for k, turns in enumerate(rotations):
+            for ours, theirs in ((batch.x_support, upright.x_support), (batch.x_target, upright.x_target)):
+                expected = np.rot90(theirs[t, k].numpy(), turns, axes=(-2, -1))
+                np.testing.assert_array_equal(ours[t, k].numpy(), expected)
+        seen |= set(rotations)
+    assert seen == {0, 1, 2, 3}
+    assert torch.equal(batch.y_support, upright.y_support) and torch.equal(batch.y_target, upright.y_target)
+    assert batch.x_support.is_contiguous() and batch.x_target.is_contiguous()
+
+
+def test_a_rotated_task_depends_on_seed_and_number_only(episodes: Callable[..., Episodes]) -> None:
+    together, apart = episodes(rotate_classes=True).batch(0, 4), episodes(rotate_classes=True)
+    for task in (3, 1, 0, 2):
+        assert torch.equal(apart.batch(task, 1).x_support[0], together.x_support[task])
+        assert torch.equal(apart.batch(task, 1).x_target[0], together.x_target[task])
+
+
+def test_classes_of_images_that_are_not_square_cannot_be_rotated(toys: Path) -> None:
+    split = open_split(toys, "TOYS", "train", (3, 8, 6))
+    with pytest.raises(UserError, match=r"TOYS/train are read 8 high and 6 wide: give --image_height"):
+        Episodes(split, 2, 1, 2, 0, None, None, CPU, rotate_classes=True)
+    Episodes(split, 2, 1, 2, 0, None, None, CPU).batch(0, 1)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("rotate", [False, True])
+def test_on_a_gpu_a_batch_is_made_without_waiting_for_it(episodes: Callable[..., Episodes], rotate: bool) -> None:
+    source = episodes(device=torch.device("cuda"), rotate_classes=rotate)
+    source.batch(0, 2)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        source.batch(2, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("rotate", [False, True])
 def test_on_a_gpu_the_batches_are_the_same_with_and_without_a_resident_split(
-    episodes: Callable[..., Episodes],
+    episodes: Callable[..., Episodes], rotate: bool
 ) -> None:
-    expected = episodes().batch(3, 2)
-    resident = episodes(device=torch.device("cuda"))
+    expected = episodes(rotate_classes=rotate).batch(3, 2)
+    resident = episodes(device=torch.device("cuda"), rotate_classes=rotate)
     assert resident._resident is not None
-    streamed = episodes(device=torch.device("cuda"))
+    streamed = episodes(device=torch.device("cuda"), rotate_classes=rotate)
     streamed._resident = None
     for source in (resident, streamed):
         for ours, theirs in zip(source.batch(3, 2), expected, strict=True):

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, cross_entropy, multi_step_importances
-from tests.golden_cxgrad import GOLDEN, Golden, is_accuracy, is_zero_gradient, load_cases, relative_error
+from meta_neural_network_architectures import ResNet12
+from tests.golden_cxgrad import GOLDEN, Golden, is_accuracy, load_cases, relative_errors
 from tests.naive_reference import naive_loss
 from utils.errors import UserError
 from utils.options import Options
 
-CASES = load_cases("CxGrad") if GOLDEN.is_dir() else {}
+CASES = load_cases() if GOLDEN.is_dir() else {}
 needs_golden = pytest.mark.skipif(not CASES, reason="../shared/golden is not here")
 
 
@@ -31,7 +33,9 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
     assert len(recorded) > 50
     assert not set(recorded) - set(ours), "recorded arrays that nothing of ours answers to"
     for name, array in recorded.items():
-        slack = 1e-6 if is_accuracy(name) or ("params_after" in name and is_zero_gradient(name)) else 1e-12
+        # Biases in front of batch norm have no effect; Adam amplifies their rounding noise, and ALFA's rates see it.
+        noisy = "params_after" in name and name.endswith(("conv.bias", "conv-bias"))
+        slack = 1e-6 if is_accuracy(name) or noisy else 1e-12
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-9 * np.abs(array).max() + slack, err_msg=name)
 
 
@@ -39,14 +43,11 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
     golden = Golden(case, CASES[case], "f32")
-    ours = golden.ours()
-    for name, array in golden.recorded().items():
-        if is_zero_gradient(name):
-            assert np.abs(ours[name]).max() < 1e-5, name
-        elif name in ("train_loss", "train_accuracy", "eval/five_batches_accuracy", "five_batches_accuracy"):
-            continue  # later iterations: checked below
-        else:
-            assert relative_error(ours[name], array) <= float32_tolerance(case, name), name
+    for name, error in relative_errors(golden).items():
+        if name not in ("train_loss", "train_accuracy", "eval/five_batches_accuracy", "five_batches_accuracy"):
+            assert error <= float32_tolerance(case, name), name
+    noise = {name: array for name, array in golden.ours().items() if golden.is_rounding_noise(name)}
+    assert all(np.abs(array).max() < 1e-5 for array in noise.values())
 
 
 @needs_golden
@@ -56,14 +57,14 @@ def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
     golden = Golden(case, CASES[case], "f32")
     ours, recorded = golden.ours()["train_loss"], golden.recorded()["train_loss"]
     if context_is_inert(case):
-        assert relative_error(ours, recorded) <= (2e-2 if "msl" in case else 2e-5)
+        np.testing.assert_allclose(ours, recorded, rtol=2e-5 if case in ("cxgrad", "maml_second_order") else 2e-2)
     else:
-        assert relative_error(ours[:2], recorded[:2]) <= (5e-2 if "msl" in case else 1e-3)
+        np.testing.assert_allclose(ours[:2], recorded[:2], rtol=5e-2 if "msl" in case else 1e-3)
 
 
 def context_is_inert(case: str) -> bool:
-    """Plain MAML, and CxGrad with gammas near 0.69, where the context hardly moves (golden README, section 5)."""
-    return case.startswith("maml") or case in ("cxgrad", "cxgrad_eval")
+    """All but CxGrad with small gammas: near 0.69 the context hardly moves (golden README, section 5)."""
+    return not case.startswith("cxgrad") or case in ("cxgrad", "cxgrad_eval")
 
 
 def float32_tolerance(case: str, name: str) -> float:
@@ -76,8 +77,10 @@ def float32_tolerance(case: str, name: str) -> float:
     if quantity.startswith("gamma"):
         return 2e-5 if context_is_inert(case) else 5e-4
     if quantity.startswith("outer_grad"):
-        small = 1e-4 if context_is_inert(case) else 2e-2 if "msl" in case else 2e-3
-        return 2e-2 if quantity.endswith("gamma_generator.0.weight") else small
+        if quantity.endswith("gamma_generator.0.weight"):
+            return 2e-2
+        usual = 1e-4 if context_is_inert(case) else 2e-2 if "msl" in case else 2e-3
+        return 3e-2 if case == "l2f" else usual
     return 1e-5 if context_is_inert(case) else 3e-4
 
 
@@ -146,7 +149,7 @@ def test_outer_gradient_passes_gradcheck(contextual: bool) -> None:
     def loss(*values: Tensor) -> Tensor:
         parameters = dict(model.classifier.named_parameters()) | dict(zip(names, values, strict=True))
         seen_by_tasks = {n: p.expand(2, *p.shape) for n, p in parameters.items()}
-        model.task_parameters = lambda tasks: seen_by_tasks  # type: ignore[method-assign]
+        model.task_parameters = lambda tasks, evaluation=False: seen_by_tasks  # type: ignore[method-assign]
         return model.query_losses(tasks, 0)[0].sum()
 
     values = [dict(model.classifier.named_parameters())[n].detach().clone().requires_grad_() for n in names]
@@ -277,7 +280,7 @@ def test_missing_attributes_take_the_defaults() -> None:
 
 
 def test_too_small_images_are_refused() -> None:
-    with pytest.raises(UserError, match=r"images of 8x8 are too small for 4 stages: lower --num_stages"):
+    with pytest.raises(UserError, match=r"images of 8x8 are too small for 4 stages: use larger images or fewer stages"):
         tiny_model(num_stages=4)
 
 
@@ -286,6 +289,170 @@ def test_strided_variant_has_one_feature_per_filter() -> None:
     assert model.classifier.layer_dict["linear"].weights.shape == (3, 4)
     losses, _ = model.run_train_iter(tiny_batch(), 0)
     assert torch.isfinite(losses["loss"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contextual_grad": True},
+        {"contextual_grad": True, "second_order": False},
+        {"alfa": True, "attenuate": True},
+        {"meta_sgd": True, "backbone": "ResNet-12", "resnet_widths": "3-4"},
+        {"per_step_bn_statistics": True, "learnable_per_layer_per_step_inner_loop_learning_rate": True},
+    ],
+)
+def test_checkpointed_inner_steps_give_the_same_gradients_and_statistics(changes: dict[str, Any]) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = tiny_model(checkpoint_inner_steps=checkpointed, **changes)
+        model.run_train_iter(tiny_batch(), 0)
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({**gradients, **dict(model.named_buffers())})
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_meta_sgd_learns_a_rate_per_weight_by_its_formula() -> None:
+    model = tiny_model(meta_sgd=True, number_of_training_steps_per_iter=1)
+    tasks = model._to_device(tiny_batch())
+    (state,) = model.inner_loop(tasks.x_support, tasks.y_support, 1, SECOND_ORDER)
+    logits = model._query_logits(state, tasks.x_query, None)
+    rates = dict(model.inner_loop_optimizer.named_parameters())
+    found = torch.autograd.grad(cross_entropy(logits, tasks.y_query).sum(), list(rates.values()), retain_graph=True)
+    for (name, rate), gradient in zip(rates.items(), found, strict=True):
+        weight = name.removeprefix("rates.").replace("-", ".")
+        assert rate.shape == model.classifier.get_parameter(weight).shape
+        before, after = state.used[weight], state.weights[weight]
+        inner = (before - after) / rate  # of each task: the update is rate * inner gradient
+        outer = torch.autograd.grad(cross_entropy(logits, tasks.y_query).sum(), after, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, -(outer * inner).sum(0), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(("part", "moves"), [("head", "linear"), ("body", "conv")])
+def test_anil_moves_the_head_and_boil_the_body(part: str, moves: str) -> None:
+    model = tiny_model(inner_loop_part=part)
+    tasks = model._to_device(tiny_batch())
+    state = model.adapt(tasks.x_support, tasks.y_support)
+    assert state.weights and all(moves in name for name in state.weights)
+    model.run_train_iter(tiny_batch(), 0)
+    assert all(p.grad is not None and (p.grad != 0).any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ({"alfa": True, "meta_sgd": True}, "each set the inner learning rate"),
+        ({"random_init": True}, "needs --alfa true"),
+        ({"contextual_grad": True, "inner_loop_part": "head"}, "ANIL"),
+        ({"contextual_grad": True, "attenuate": True}, "undoes what --attenuate"),
+        ({"alfa": True, "random_init": True, "inner_loop_part": "body"}, "never moves it"),
+        ({"batch_norm": "per_step"}, "--per_step_bn_statistics true"),
+        ({"batch_norm": "running", "per_step_bn_statistics": True}, "choose --batch_norm per_step"),
+        ({"resnet_widths": "64,128"}, "64-128-256-512"),
+    ],
+)
+def test_rules_that_make_no_sense_together_are_refused(rules: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        tiny_model(**rules)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"learnable_per_layer_per_step_inner_loop_learning_rate": True},
+        {"meta_sgd": True},
+        {"alfa": True},
+        {"alfa": True, "random_init": True},
+        {"inner_loop_part": "body"},
+        {"per_step_bn_statistics": True, "batch_norm": "per_step"},
+        {"batch_norm": "running"},
+        {"backbone": "ResNet-12", "resnet_widths": "3-4"},
+        {"enable_inner_loop_optimizable_bn_params": True},
+    ],
+)
+def test_contextual_scaling_goes_together_with(rules: dict[str, Any]) -> None:
+    model = tiny_model(contextual_grad=True, **rules)
+    model.run_train_iter(tiny_batch(), 0)
+    trained = model.trained_parameters()
+    assert any(name.startswith("gamma_generator") for name in trained)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
+    losses, _ = model.run_validation_iter(tiny_batch())
+    assert torch.isfinite(losses["loss"])
+
+
+def test_a_random_initialisation_is_not_trained() -> None:
+    model = tiny_model(alfa=True, random_init=True)
+    before = copy.deepcopy(model.state_dict())
+    model.run_train_iter(tiny_batch(), 0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and not any(name.startswith("classifier") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "inductive"),
+    [
+        ({}, False),
+        ({"per_step_bn_statistics": True, "batch_norm": "per_step"}, True),
+        ({"batch_norm": "running"}, True),
+    ],
+)
+def test_only_transductive_batch_norm_lets_queries_influence_each_other(
+    changes: dict[str, Any], inductive: bool
+) -> None:
+    model = tiny_model(**changes)
+    model.run_train_iter(tiny_batch(), 0)
+    tasks = model._to_device(tiny_batch())
+    state = model.adapt(tasks.x_support, tasks.y_support)
+    together, alone = model.predict(state, tasks.x_query), model.predict(state, tasks.x_query[:, :1])
+    assert torch.allclose(together[:, :1], alone) is inductive
+
+
+def test_running_statistics_are_those_of_the_training_passes() -> None:
+    model = tiny_model(batch_norm="running", batch_size=1, number_of_training_steps_per_iter=1)
+    batch = tiny_batch(tasks=1)
+    tasks = model._to_device(batch)
+    convolved = [
+        F.conv2d(x[0], model.classifier.get_parameter("layer_dict.conv0.conv.weight"), padding=1)
+        for x in (tasks.x_support,)
+    ]
+    model.query_losses(tasks, 0)
+    first = 0.1 * convolved[0].mean((0, 2, 3))
+    seen = model.classifier.get_buffer("layer_dict.conv0.norm_layer.running_mean")
+    assert not torch.allclose(seen, first)  # the query pass counts too, with the adapted weights
+    *_, state = model.inner_loop(tasks.x_support, tasks.y_support, 1, SECOND_ORDER)
+    adapted = state.weights["layer_dict.conv0.conv.weight"][0]
+    second = F.conv2d(tasks.x_query[0], adapted, padding=1).mean((0, 2, 3))
+    torch.testing.assert_close(seen, 0.9 * first + 0.1 * second)
+
+
+def test_outer_gradients_can_be_clamped() -> None:
+    model = tiny_model(clamp_outer_gradients=1e-3, learnable_per_layer_per_step_inner_loop_learning_rate=True)
+    model.run_train_iter(tiny_batch(), 0)
+    gradients = {n: p.grad.abs().max() for n, p in model.named_parameters() if p.grad is not None}
+    assert max(g for n, g in gradients.items() if n.startswith("classifier")) <= 1e-3
+    assert max(g for n, g in gradients.items() if not n.startswith("classifier")) > 1e-3
+
+
+def test_resnet12_has_the_published_widths_and_equals_plain_layers() -> None:
+    widths = ResNet12((3, 32, 32), 5, (64, 128, 256, 512)).state_dict()
+    assert widths["layer_dict.block3_conv2.conv.weight"].shape == (512, 512, 3, 3)
+    net = ResNet12((3, 8, 8), 5, (3, 4)).double()
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    p = dict(net.named_parameters())
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        weight = p[f"layer_dict.{name}.conv.weight"]
+        return F.batch_norm(F.conv2d(x, weight, padding=weight.shape[2] // 2), None, None, training=True)
+
+    y = x
+    for block in ("block0", "block1"):
+        inner = F.leaky_relu(layer(f"{block}_conv0", y), 0.1)
+        inner = layer(f"{block}_conv2", F.leaky_relu(layer(f"{block}_conv1", inner), 0.1))
+        y = F.max_pool2d(F.leaky_relu(inner + layer(f"{block}_shortcut", y), 0.1), 2)
+    expected = F.linear(y.mean((2, 3)), p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
+    found = net({name: q.expand(2, *q.shape) for name, q in p.items()}, torch.stack([x, x]), 0)
+    torch.testing.assert_close(found, torch.stack([expected, expected]))
 
 
 def test_labels_in_any_order_give_the_same_loss() -> None:

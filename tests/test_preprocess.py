@@ -7,16 +7,19 @@ import sys
 import time
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageFont
 
-from preprocess import digits, glyphs, staging
+from preprocess import digits, glyphs, omniglot, staging
 from preprocess.preprocess import ensure_builtin, main, prepare
 from utils.errors import UserError
+from utils.names import canonical_name, find_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLIT_FILE = "cifar100/splits/bertinetto/{}.txt"
@@ -38,8 +41,8 @@ def write_archive(path: Path, splits: dict[str, str], images: dict[str, int]) ->
 
 
 def left_in(folder: Path) -> list[str]:
-    """Everything in the folder, hidden staging folders too, but for the archive."""
-    return sorted(path.name for path in folder.iterdir() if path.name != "cifar100.zip")
+    """Everything in the folder, hidden staging folders too, but for archives."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".zip")
 
 
 @pytest.fixture
@@ -164,6 +167,121 @@ def test_the_full_real_archive_has_100_classes_of_600_images_one_of_them_called_
     assert sum("train" in classes for classes in contents.values()) == 1
 
 
+# ---------------------------------------------------------------- omniglot
+
+
+@pytest.fixture
+def lake(shared: Path, tmp_path: Path) -> dict[str, zipfile.ZipFile]:
+    """Lake's two real archives, in place in tmp_path."""
+    for archive in omniglot.ARCHIVES:
+        source = shared / "data" / "omniglot" / f"{archive}.zip"
+        if not source.is_file():
+            pytest.skip(f"{source} is not here")
+        (tmp_path / source.name).symlink_to(source)
+    return {archive: zipfile.ZipFile(tmp_path / f"{archive}.zip") for archive in omniglot.ARCHIVES}
+
+
+def drawings_of(lake: dict[str, zipfile.ZipFile]) -> dict[str, tuple[str, str]]:
+    """For each drawing of both archives, by ALPHABET_CHARACTER/FILE: archive and member."""
+    return {
+        "_".join(name.split("/")[1:3]) + "/" + name.split("/")[3]: (archive, name)
+        for archive, drawings in lake.items()
+        for name in drawings.namelist()
+    }
+
+
+def test_omniglot_is_split_as_mamlpp_does_in_size_and_always_alike(lake: dict[str, zipfile.ZipFile]) -> None:
+    drawings = Counter(path.split("/")[0] for path in drawings_of(lake))
+    contents = omniglot.split_classes(set(drawings))
+    assert {split: len(classes) for split, classes in contents.items()} == {"train": 1150, "val": 50, "test": 423}
+    assert {name: images for classes in contents.values() for name, images in classes.items()} == drawings
+    assert [list(classes)[:2] for classes in contents.values()] == [
+        ["Alphabet_of_the_Magi_character02", "Alphabet_of_the_Magi_character03"],
+        ["Alphabet_of_the_Magi_character01", "Alphabet_of_the_Magi_character04"],
+        ["Alphabet_of_the_Magi_character08", "Alphabet_of_the_Magi_character12"],
+    ]
+    alphabets = {split: {name.rpartition("_")[0] for name in classes} for split, classes in contents.items()}
+    assert len(alphabets["train"]) == 50 and len(alphabets["test"]) > 40  # characters are mixed, not alphabets
+
+
+@pytest.mark.slow
+def test_the_real_omniglot_archives_become_small_grey_drawings_in_class_folders(
+    lake: dict[str, zipfile.ZipFile], tmp_path: Path
+) -> None:
+    command = [sys.executable, "preprocess/preprocess.py", "--datasets", "Omniglot", "--dataset_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "train 1150 classes, 23000 images; val 50 classes, 1000 images; test 423 classes, 8460 images" in done.stdout
+    assert done.stderr == "" and left_in(tmp_path) == ["omniglot"]
+    made = {f"{path.parent.name}/{path.name}": path for path in (tmp_path / "omniglot").rglob("*.png")}
+    originals = drawings_of(lake)
+    assert made.keys() == originals.keys()
+    for path in sorted(made)[::500]:
+        archive, member = originals[path]
+        image, original = Image.open(made[path]), Image.open(BytesIO(lake[archive].read(member)))
+        assert (image.size, image.mode) == ((28, 28), "L")
+        expected = np.asarray(original.convert("L").resize((28, 28), Image.Resampling.LANCZOS))
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        assert np.median(expected) == 255 and expected.min() < 100  # dark on light
+
+
+@pytest.mark.parametrize("lost", ["images_background.zip", "images_evaluation.zip"])
+def test_a_missing_omniglot_archive_says_what_to_fetch_before_anything_is_written(
+    lake: dict[str, zipfile.ZipFile], tmp_path: Path, lost: str
+) -> None:
+    (tmp_path / lost).unlink()
+    fetch = r"background\.zip and images_evaluation\.zip, Lake et al\. 2015; folder python/.*brendenlake/omniglot"
+    with pytest.raises(UserError, match=rf"{lost} is missing\. Fetch {lost}.*{fetch}.*put it there") as error:
+        prepare("omniglot", tmp_path)
+    assert str(tmp_path / lost) in str(error.value)
+    assert left_in(tmp_path) == []
+
+
+def test_an_omniglot_archive_with_other_characters_or_drawings_is_named(
+    lake: dict[str, zipfile.ZipFile], tmp_path: Path
+) -> None:
+    evaluation = tmp_path / "images_evaluation.zip"
+    data = evaluation.read_bytes()
+    evaluation.unlink()
+    evaluation.write_bytes(data)
+    with zipfile.ZipFile(evaluation, "a") as archive:
+        archive.writestr("images_evaluation/ULOG/character26/1623_21.png", b"x")
+    with pytest.raises(UserError, match=r"659 characters with 20 .*but 'ULOG_character26' has 21 drawings\. Fetch"):
+        prepare("omniglot", tmp_path)
+    with zipfile.ZipFile(evaluation, "w") as archive:  # as are archives of 5 alphabets that Lake also published
+        for i in range(20):
+            archive.writestr(f"images_evaluation/ULOG/character26/1623_{i:02d}.png", b"x")
+    with pytest.raises(UserError, match=r"images_evaluation\.zip must hold 659 .*but it has 1 characters"):
+        prepare("omniglot", tmp_path)
+    evaluation.write_bytes((tmp_path / "images_background.zip").read_bytes())
+    with pytest.raises(UserError, match=r"images_evaluation\.zip must hold 659 .*but it has 0 characters"):
+        prepare("omniglot", tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_an_omniglot_archive_cut_short_is_called_damaged(lake: dict[str, zipfile.ZipFile], tmp_path: Path) -> None:
+    data = (tmp_path / "images_background.zip").read_bytes()
+    (tmp_path / "images_background.zip").unlink()
+    (tmp_path / "images_background.zip").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"images_background\.zip is damaged"):
+        prepare("omniglot", tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_what_is_no_omniglot_drawing_is_named(lake: dict[str, zipfile.ZipFile]) -> None:
+    drawing = lake["images_background"].read("images_background/Greek/character01/0394_01.png")
+    assert omniglot.shrink(drawing, "alpha").size == (28, 28)
+    other = BytesIO()
+    Image.new("1", (28, 28)).save(other, "png")
+    for png, reason in ((b"x", "cannot identify"), (drawing[:60], "image"), (other.getvalue(), "its size is 28x28")):
+        with pytest.raises(UserError, match=rf"alpha is not a drawing of 105x105 pixels \(.*{reason}"):
+            omniglot.shrink(png, "alpha")
+
+
+def test_two_omniglot_archives_that_share_characters_are_refused() -> None:
+    with pytest.raises(UserError, match="share 2 characters"):
+        omniglot.split_classes({f"a_character{i:04d}" for i in range(1621)})
+
+
 # ---------------------------------------------------------------- whole or not at all
 
 
@@ -267,6 +385,16 @@ def test_an_unknown_name_names_the_nearest_and_nothing_is_built(
     error = capsys.readouterr().err
     assert "did you mean CIFAR_FS?" in error and "glyphs_colour" in error and "Traceback" not in error
     assert left_in(tmp_path) == []
+
+
+def test_mamlpps_names_of_data_sets_find_ours_but_a_folder_of_that_name_comes_first(tmp_path: Path) -> None:
+    assert canonical_name("omniglot_dataset") == "omniglot"
+    assert canonical_name("mini_imagenet_full_size") == "mini_imagenet"
+    (tmp_path / "Omniglot").mkdir()
+    assert find_dataset(tmp_path, "omniglot_dataset") == tmp_path / "Omniglot"
+    (tmp_path / "omniglot_dataset").mkdir()
+    assert find_dataset(tmp_path, "omniglot_dataset") == tmp_path / "omniglot_dataset"
+    assert find_dataset(tmp_path, "omniglot") == tmp_path / "Omniglot"  # theirs is not in splits
 
 
 def test_ensure_builtin_makes_what_is_missing_and_nothing_else(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Checkpoint files: written so that a crash leaves the old one or the new one, read without running code in them."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
@@ -15,7 +17,9 @@ class DamagedCheckpoint(UserError):
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write tensors and plain values to `path` atomically; raises UserError when they cannot be written."""
-    replace_file(path, lambda file: torch.save(state, file))
+    whole = io.BytesIO()
+    torch.save(state, whole)  # in memory first, so that a failing disk and a failing torch are told apart
+    replace_file(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -24,10 +28,19 @@ def load(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in path.parent.glob("[!.]*"))) if path.parent.is_dir() else ""
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numpy_scalars()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or "network" not in state:
         raise DamagedCheckpoint(f"{path} holds no 'network' entry, so it is not a checkpoint of this program")
     return state
+
+
+def numpy_scalars() -> list[Any]:
+    """What the numbers are made of that official checkpoints hold beside the weights; none of it runs code."""
+    scalar = np.float64(0).__reduce__()[0]  # where it lives depends on numpy's version, in the file and here
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
+    return [*((scalar, name) for name in names), np.dtype, *kinds]

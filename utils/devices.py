@@ -31,6 +31,8 @@ def choose_device(gpu: str | None) -> torch.device:
         )
     device = torch.device("cuda", int(ids[int(os.environ.get("LOCAL_RANK", "0"))]))
     torch.cuda.set_device(device)
+    # Convolutions in full float32: CxGrad's context follows from differences that TF32's ten bits do not hold.
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -1,7 +1,8 @@
 """One process per device, started by torchrun; without torchrun every function here does nothing."""
 
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -11,10 +12,16 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def processes(device_type: str) -> Iterator[None]:
+def processes(device: torch.device) -> Iterator[None]:
     """Inside, this process belongs to the group that torchrun announced, if it did (NCCL on GPUs, gloo on CPUs)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        patience = timedelta(hours=6)  # for the cache of a large data set, which one process builds
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=patience, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=patience)
+    if not is_main():
+        logging.disable(logging.WARNING)  # the main process says it
     try:
         yield
     finally:
@@ -41,17 +48,21 @@ def barrier() -> None:
         dist.barrier()
 
 
-@torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if world_size() == 1 or not gradients:
+    """Replace every gradient by its mean over processes."""
+    average([p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over processes, in one message."""
+    if world_size() == 1 or not tensors:
         return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def gather_tasks(local: Tensor) -> Tensor:
@@ -63,11 +74,20 @@ def gather_tasks(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def any_process(flag: bool) -> bool:
-    """True in all processes if `flag` is true in any."""
+def largest(number: int) -> int:
+    """The largest of all processes' numbers, so that they act alike."""
     if world_size() == 1:
-        return flag
+        return number
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    asked = torch.tensor(float(flag), device=device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked.item())
+    numbers = torch.tensor(number, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers.item())
+
+
+def broadcast_text(text: str) -> str:
+    """The main process's text, in all processes."""
+    if world_size() == 1:
+        return text
+    parts = [text]
+    dist.broadcast_object_list(parts)
+    return parts[0]

@@ -1,10 +1,11 @@
 """Files that are replaced as a whole: a reader, or a crash at any moment, sees the old one or the new one."""
 
 import csv
+import fcntl
 import io
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,20 +17,17 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     Raises UserError when the disk is full or not writable; the file that was at `path` is then untouched.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.partial")  # one name, so that what a killed writer left is used again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a short write as RuntimeError
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}. Free some disk space or choose another --experiments_dir; "
             "what was saved before is intact, and the same command goes on from it"
@@ -50,10 +48,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
+@contextmanager
+def only_process(folder: Path, purpose: str) -> Iterator[None]:
+    """Hold a lock on `folder`, which the system frees when the process ends; UserError if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is {purpose} in {folder}; wait for it or choose another folder"
+            ) from error
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

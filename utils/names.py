@@ -16,7 +16,9 @@ def _fold(name: str) -> str:
     return "glyphscolour" if folded == "glyphscolor" else folded
 
 
-_CANONICAL = {_fold(name): name for name in KNOWN}
+_CANONICAL = {_fold(name): name for name in KNOWN} | {
+    "omniglotdataset": "omniglot", "miniimagenetfullsize": "mini_imagenet",  # as MAML++'s configurations have them
+}  # fmt: skip
 
 
 def canonical_name(name: str) -> str:
@@ -32,7 +34,8 @@ def find_dataset(dataset_dir: Path, name: str) -> Path:
     exact = dataset_dir / name
     if exact.is_dir() or not dataset_dir.is_dir():
         return exact if exact.is_dir() else dataset_dir / canonical_name(name)
-    folders = [path for path in dataset_dir.iterdir() if _fold(path.name) == _fold(name) and path.is_dir()]
+    spellings = {_fold(name), _fold(canonical_name(name))}
+    folders = [path for path in dataset_dir.iterdir() if _fold(path.name) in spellings and path.is_dir()]
     if len(folders) > 1:
         spelt = " and ".join(sorted(path.name for path in folders))
         raise UserError(f"{name!r} could be {spelt}, both in {dataset_dir}: give the exact name of one of them")

@@ -1,12 +1,15 @@
-"""Weights of the official CxGrad program, whose parameter names this project keeps."""
+"""Weights of the official CxGrad, MAML++ and ALFA programs, whose parameter names this project keeps."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from utils import checkpoints
 from utils.errors import UserError
+
+PIXELS_OF_MAP = {1: 28, 2: 32, 5: 84}  # side of the last map of four pooled stages -> usual side of the images
 
 
 def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) -> None:
@@ -15,10 +18,8 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
     Running statistics that the model does not keep are left out. Raises UserError when a parameter is missing, is not
     one of the model's, or has another shape; the model is then unchanged.
     """
-    state: Mapping[str, Tensor] = (
-        weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))["network"]
-    )
-    given = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))["network"]
+    given = without_prefix(state)
     own = model.state_dict()
     given = {name: tensor for name, tensor in given.items() if name in own or ".running_" not in name}
     problems = [f"it lacks {name}" for name in own if name not in given]
@@ -32,3 +33,47 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError("another architecture: " + "; ".join(problems[:3]) + more)
     model.load_state_dict(given)
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights as from a model that is not wrapped in DataParallel."""
+    return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+
+
+def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What official weights tell of the options they were trained with (shapes and names; not rates or data).
+
+    The image side is taken to be a usual one; raises UserError where none fits, or where the network is not a 4-conv.
+    """
+    given = without_prefix(weights)
+    first, linear = (given.get(f"classifier.layer_dict.{n}") for n in ("conv0.conv.weight", "linear.weights"))
+    if first is None or linear is None:
+        raise UserError("these are not the weights of an official 4-conv network; say how it was trained with --config")
+    filters, stages = len(first), sum(name.endswith(".conv.weight") for name in given)
+    side = round((linear.shape[1] / filters) ** 0.5)
+    if side not in PIXELS_OF_MAP:
+        raise UserError(f"the size of the images cannot be told from a last map of {side}x{side}; say it with --config")
+    norm = given["classifier.layer_dict.conv0.norm_layer.running_mean"]
+    found: dict[str, Any] = {
+        "num_classes_per_set": len(linear),
+        "image_channels": first.shape[1],
+        "image_height": PIXELS_OF_MAP[side],
+        "image_width": PIXELS_OF_MAP[side],
+        "cnn_num_filters": filters,
+        "num_stages": stages,
+        "use_bias": "classifier.layer_dict.conv0.conv.bias" in given,
+        "per_step_bn_statistics": norm.dim() == 2,
+        "enable_inner_loop_optimizable_bn_params": any("norm_layer" in n for n in given if n.startswith("inner_loop")),
+        "contextual_grad": "gamma_generator.0.weight" in given,
+        "learnable_per_layer_per_step_inner_loop_learning_rate": any("names_learning_rates" in n for n in given),
+        "alfa": "regularizer.0.weight" in given,
+        "random_init": any("names_beta_dict_per_param" in name for name in given),
+        "attenuate": "attenuator.0.weight" in given,
+    }
+    if found["contextual_grad"]:
+        found["num_context_params"] = len(given["gamma_generator.0.bias"])
+    rates = [t for n, t in given.items() if "names_learning_rates_dict" in n or "names_alpha_dict" in n]
+    steps = len(rates[0]) - 1 if rates else len(norm) if found["per_step_bn_statistics"] else None
+    if steps:
+        found |= {"number_of_training_steps_per_iter": steps, "number_of_evaluation_steps_per_iter": steps}
+    return found

@@ -8,12 +8,15 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from utils.errors import UserError
+from utils.names import canonical_name
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -51,16 +54,28 @@ class Options:
     tasks_per_pass: int | None = opt(
         None, "tasks computed in one vectorised pass, same gradients; default: all on a GPU, one on a CPU"
     )
+    checkpoint_inner_steps: bool = opt(False, "store less, compute inner steps twice; same gradients")
+    rotate_classes: bool | None = opt(
+        None, "training turns each class by 0 to 3 quarters, which makes new classes; default: on for omniglot"
+    )
     train_seed: int = opt(0, "seed of the stream of training tasks")
     val_seed: int = opt(0, "seed of the (separate) streams of validation and test tasks")
 
     # --- network ----------------------------------------------------------------------------------------------
+    backbone: str = opt("4-CONV", "network that adapts", ("4-CONV", "ResNet-12"))
+    resnet_widths: str = opt("64-128-256-512", "ResNet-12: channels of its blocks")
     cnn_num_filters: int = opt(48, "filters of every convolution")
     num_stages: int = opt(4, "convolution blocks")
     conv_padding: bool = opt(True, "pad convolutions by one pixel")
     max_pooling: bool = opt(True, "2x2 max-pooling; off: convolutions of stride 2 and a global average pool")
-    use_bias: bool = opt(False, "biases in the convolutions")
+    use_bias: bool | None = opt(None, "4-CONV: biases in the convolutions; default: on with ALFA and L2F, else off")
     norm_layer: str = opt("batch_norm", "normalisation after each convolution", ("batch_norm",))
+    batch_norm: str = opt(
+        "transductive",
+        "what normalises images in evaluation. transductive: their own statistics; per_step, running: those "
+        "accumulated in training, for each inner step or for all",
+        ("transductive", "per_step", "running"),
+    )
     per_step_bn_statistics: bool = opt(False, "batch-norm weights and running statistics of their own for each step")
     learnable_bn_gamma: bool = opt(True, "train the batch norm's scale")
     learnable_bn_beta: bool = opt(True, "train the batch norm's shift")
@@ -69,9 +84,15 @@ class Options:
     number_of_training_steps_per_iter: int = opt(5, "inner steps in training")
     number_of_evaluation_steps_per_iter: int = opt(5, "inner steps in validation and test")
     init_inner_loop_learning_rate: float = opt(0.01, "inner learning rate (initial value where it is learned)")
+    inner_loop_part: str = opt("all", "what inner steps move: all; head (ANIL); body (BOIL)", ("all", "head", "body"))
     learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
         False, "LSLR (MAML++): learn one inner rate per tensor and step"
     )
+    meta_sgd: bool = opt(False, "Meta-SGD: learn one inner rate per weight")
+    alfa: bool = opt(False, "ALFA: generate inner rates and decays from the task's weights and gradients")
+    random_init: bool = opt(False, "ALFA: keep the network's random initialisation, train only the rates")
+    init_inner_loop_weight_decay: float = opt(0.0005, "ALFA: decay relative to the inner rate at the start")
+    attenuate: bool = opt(False, "L2F: attenuate the initial weights by the task's first gradients")
     enable_inner_loop_optimizable_bn_params: bool = opt(False, "inner steps move the batch norm's scale and shift too")
     contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context")
     num_context_params: int = opt(100, "CxGrad: length of the context vector")
@@ -84,6 +105,7 @@ class Options:
     multi_step_loss_num_epochs: int = opt(15, "MSL: epochs until only the last step counts")
     meta_learning_rate: float = opt(0.001, "Adam's learning rate at the start")
     min_learning_rate: float = opt(0.001, "learning rate at the end of the cosine schedule; equal: constant")
+    clamp_outer_gradients: float = opt(0.0, "limit of each entry of the network's outer gradient (MAML++: 10); 0: none")
     lr_schedule: str | None = opt(
         None,
         "cosine stepped per_epoch (MAML++) or per_iteration with total_epochs iterations as half period, as the "
@@ -100,10 +122,14 @@ class Options:
     num_evaluation_tasks: int = opt(600, "tasks of a validation or test")
     max_models_to_save: int = opt(5, "epoch checkpoints kept: the best by validation accuracy")
     top_n_models: int = opt(5, "checkpoints whose logits the ensemble test averages")
-    continue_from_epoch: str = opt("latest", "latest, from_scratch, or the number of a finished epoch that is kept")
+    continue_from_epoch: str = opt(
+        "latest",
+        "latest; from_scratch; or the number of a kept epoch. The last two hold each time the command is given",
+    )
     evaluate_on_test_set_only: bool = opt(False, "no training: meta-test the checkpoints of this experiment")
     test_dataset: str | None = opt(None, "data set to meta-test on; default: dataset_name")
     gpu: str | None = opt(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
+    dry_run: bool = opt(False, "two tiny iterations of everything on made-up images, in a folder that is then removed")
     name_of_args_json_file: str | None = opt(None, "JSON file of options; the command line wins over it")
 
     @classmethod
@@ -130,6 +156,8 @@ class Options:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_evaluation_tasks < 2:
+            raise UserError("--num_evaluation_tasks must be at least 2: one task has no confidence interval")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels is {self.image_channels}; it must be 1 (grey) or 3 (RGB)")
         if self.top_n_models > self.max_models_to_save:
@@ -146,6 +174,7 @@ class Options:
                 f"--number_of_evaluation_steps_per_iter {self.number_of_evaluation_steps_per_iter} has none for the "
                 "extra steps; use at most as many steps in evaluation"
             )
+        self._validate_rules()
         if self.continue_from_epoch not in ("latest", "from_scratch") and not self.continue_from_epoch.isdigit():
             raise UserError(f"--continue_from_epoch is {self.continue_from_epoch!r}: latest, from_scratch or a number")
         if self.min_learning_rate > self.meta_learning_rate:
@@ -153,6 +182,66 @@ class Options:
                 f"--min_learning_rate {self.min_learning_rate:g} is above --meta_learning_rate "
                 f"{self.meta_learning_rate:g}; the schedule goes from the latter down to the former"
             )
+
+    def _validate_rules(self) -> None:
+        """Raise UserError for inner-loop rules that do not go together, with the reason."""
+        lslr = self.learnable_per_layer_per_step_inner_loop_learning_rate
+        rates = {
+            "learnable_per_layer_per_step_inner_loop_learning_rate": lslr,
+            "meta_sgd": self.meta_sgd,
+            "alfa": self.alfa,
+        }
+        if len(chosen := [f"--{name}" for name, on in rates.items() if on]) > 1:
+            raise UserError(f"{' and '.join(chosen)} each set the inner learning rate; choose one")
+        head, body = (self.inner_loop_part == part for part in ("head", "body"))
+        refusals = [
+            (self.random_init and not self.alfa, "--random_init trains ALFA's rates only, so it needs --alfa true"),
+            (
+                self.contextual_grad and head,
+                "--contextual_grad scales the body's gradients, which --inner_loop_part head (ANIL) never takes",
+            ),
+            (
+                self.contextual_grad and self.attenuate,
+                "--contextual_grad sets the norm of every tensor of the body, which "
+                "undoes what --attenuate (L2F) did to it",
+            ),
+            (
+                self.random_init and body,
+                "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it",
+            ),
+            (
+                self.per_step_bn_statistics and self.batch_norm == "running",
+                "--batch_norm running needs one set of "
+                "statistics, --per_step_bn_statistics keeps one per step; choose --batch_norm per_step",
+            ),
+            (
+                self.batch_norm == "per_step" and not self.per_step_bn_statistics,
+                "--batch_norm per_step needs the statistics that training keeps with --per_step_bn_statistics true",
+            ),
+        ]
+        for refused, reason in refusals:
+            if refused:
+                raise UserError(reason)
+        if not all(width.isdigit() and int(width) for width in self.resnet_widths.split("-")):
+            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes numbers such as 64-128-256-512")
+
+    @property
+    def turns_classes(self) -> bool:
+        """Whether training tasks turn their classes."""
+        return canonical_name(self.dataset_name) == "omniglot" if self.rotate_classes is None else self.rotate_classes
+
+    @property
+    def tracks_statistics(self) -> bool:
+        """Whether training keeps running statistics of batch norm."""
+        return self.per_step_bn_statistics or self.batch_norm == "running"
+
+    @property
+    def has_conv_bias(self) -> bool:
+        return (self.alfa or self.attenuate) if self.use_bias is None else self.use_bias
+
+    @property
+    def resnet_width_list(self) -> list[int]:
+        return [int(width) for width in self.resnet_widths.split("-")]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -210,9 +299,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of option names and values")
     fields = [field.name for field in dataclasses.fields(Options)]
-    if unknown := [name for name in values if name not in fields]:
-        raise UserError(f"{path}: " + "; ".join(unknown_name(name, fields) for name in unknown))
-    return values
+    if unknown := [name for name in values if name not in fields and name not in DEAD_KEYS]:
+        raise UserError(f"{path}: " + "; ".join(unknown_name(name, [*fields, *DEAD_KEYS]) for name in unknown))
+    for name in values:
+        if name in DEAD_KEYS:
+            log.warning("%s: '%s' has no effect: %s", path, name, DEAD_KEYS[name])
+    return {name: value for name, value in values.items() if name not in DEAD_KEYS}
+
+
+# Keys of the official JSON files that decide nothing here, and why.
+_NEVER_READ = "the official programs never read it"
+DEAD_KEYS = {
+    **dict.fromkeys(("cnn_blocks_per_stage", "cnn_num_blocks", "weight_decay", "dropout_rate_value"), _NEVER_READ),
+    **dict.fromkeys(("meta_opt_bn", "learnable_batch_norm_momentum", "minimum_per_task_contribution"), _NEVER_READ),
+    **dict.fromkeys(("evalute_on_test_set_only", "train_in_stages", "total_unique_tasks"), _NEVER_READ),
+    **dict.fromkeys(("gpu_to_use", "num_of_gpus", "use_cuda", "use_gpu"), "--gpu says where to compute"),
+    **dict.fromkeys(
+        ("dataset_path", "sets_are_pre_split", "train_val_test_split"), "data sets are class folders by split"
+    ),
+    **dict.fromkeys(
+        ("reset_stored_paths", "load_from_npz_files", "load_into_memory"), "images are cached by themselves"
+    ),
+    **dict.fromkeys(("indexes_of_folders_indicating_class", "labels_as_int"), "data sets are class folders by split"),
+    **dict.fromkeys(("use_gdrive", "reverse_channels", "architecture_name"), "it has no counterpart"),
+    "augment_images": "--rotate_classes says whether training turns classes",
+    "samples_per_iter": "--batch_size counts the tasks of a meta-batch",
+    "task_learning_rate": "--init_inner_loop_learning_rate is the inner rate",
+    "continue_from_epoch": "a file cannot say where a run stands; the command line can",
+}
 
 
 def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -243,9 +357,18 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
         converted = _boolean(value) if kind is bool else _number_or_text(kind, value)
     except (TypeError, ValueError) as error:
         raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
+    if field.metadata["choices"]:
+        converted = {_folded(choice): choice for choice in field.metadata["choices"]}.get(
+            _folded(str(converted)), converted
+        )
     if field.metadata["choices"] and converted not in field.metadata["choices"]:
         raise UserError(f"--{field.name} is {value!r}; it is one of {', '.join(field.metadata['choices'])}")
     return converted
+
+
+def _folded(choice: str) -> str:
+    """4-CONV, 4conv and 4_conv are one choice."""
+    return choice.lower().replace("-", "").replace("_", "")
 
 
 def _number_or_text(kind: type, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a run shows while it goes on, and how it is asked to stop."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ def tell(line: str) -> None:
     """Print one line above the progress bar, in the main process, at once."""
     if distributed.is_main():
         tqdm.write(line)
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""Omniglot (Lake et al., 2015): 1623 characters of 50 alphabets, each a class of 20 drawings.
+
+28x28, one channel, dark ink (0) on light paper (255) as in the originals. The split has MAML++'s sizes; which
+characters its authors drew is not published, so it is a seeded draw of our own.
+"""
+
+import re
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from preprocess.archives import open_zip
+from preprocess.staging import Contents
+from utils.errors import UserError
+
+ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # folder, also the zip's name: characters
+SPLIT_SIZES = {"train": 1150, "val": 50, "test": 423}  # characters
+SPLIT_SEED = 0
+IMAGES_PER_CLASS = 20
+DRAWN_SIDE, SIDE = 105, 28  # pixels
+MAX_BYTES = 2**16  # an original takes about 200; no more is read, whatever an archive holds
+MEMBER = re.compile(r"(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)  # folder, alphabet, character, file
+
+
+def unpack(dataset_dir: Path, folder: Path) -> Contents:
+    """Write the drawings of both archives in `dataset_dir` to `folder`/SPLIT/ALPHABET_characterNN, made small.
+
+    UserError, before anything is written, where an archive is missing or has not all its drawings.
+    """
+    members = {archive: _members(dataset_dir, archive) for archive in ARCHIVES}
+    contents = split_classes({class_name for of_archive in members.values() for class_name, _ in of_archive.values()})
+    folder_of = {name: folder / split / name for split, classes in contents.items() for name in classes}
+    for path in folder_of.values():
+        path.mkdir(parents=True)
+    total = sum(map(len, members.values()))
+    with tqdm(total=total, desc="omniglot", unit=" images", disable=None) as bar:
+        for archive, of_archive in members.items():
+            with open_zip(_path(dataset_dir, archive), _origin(archive)) as drawings:
+                for name, (class_name, file) in of_archive.items():
+                    with drawings.open(name) as drawing:
+                        picture = shrink(drawing.read(MAX_BYTES), f"{name} in {drawings.filename}")
+                    picture.save(folder_of[class_name] / file)
+                    bar.update()
+    return contents
+
+
+def split_classes(names: set[str]) -> Contents:
+    """The classes of each split: a permutation of the sorted names, cut at 1150 and 1200.
+
+    UserError where they are not 1623, as when a character is in both archives.
+    """
+    wanted = sum(SPLIT_SIZES.values())
+    if len(names) != wanted:
+        raise UserError(
+            f"{' and '.join(ARCHIVES)} share {wanted - len(names)} characters: one of the zips is not Lake's"
+        )
+    order = np.random.RandomState(SPLIT_SEED).permutation(wanted)  # its streams are the same in every numpy
+    drawn = iter(np.array(sorted(names))[order].tolist())
+    return {
+        split: {name: IMAGES_PER_CLASS for name in sorted(next(drawn) for _ in range(size))}
+        for split, size in SPLIT_SIZES.items()
+    }
+
+
+def shrink(png: bytes, name: str) -> Image.Image:
+    """The drawing at 28x28, one channel. UserError, which names it, if it is not a readable image of 105x105."""
+    try:
+        with Image.open(BytesIO(png)) as drawing:
+            if drawing.size == (DRAWN_SIDE, DRAWN_SIDE):
+                return drawing.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            reason = "its size is {}x{}".format(*drawing.size)
+    except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
+        reason = str(error)
+    raise UserError(f"{name} is not a drawing of {DRAWN_SIDE}x{DRAWN_SIDE} pixels ({reason}). Fetch the archive again")
+
+
+def _members(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
+    """Member name -> class and file name. UserError if the archive has not all its characters and drawings."""
+    members = {}
+    with open_zip(_path(dataset_dir, archive), _origin(archive)) as drawings:
+        for name in drawings.namelist():
+            match = MEMBER.fullmatch(name)
+            if match and match[1] == archive:
+                members[name] = f"{match[2]}_{match[3]}", match[4]
+    images = Counter(class_name for class_name, _ in members.values())
+    odd = [name for name in images if images[name] != IMAGES_PER_CLASS]
+    if odd or len(images) != ARCHIVES[archive]:
+        found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
+        raise UserError(
+            f"{_path(dataset_dir, archive)} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
+            f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {_origin(archive)}"
+        )
+    return members
+
+
+def _path(dataset_dir: Path, archive: str) -> Path:
+    return dataset_dir / f"{archive}.zip"
+
+
+def _origin(archive: str) -> str:
+    return (
+        f"{archive}.zip, one of Omniglot's two archives ({' and '.join(f'{name}.zip' for name in ARCHIVES)}, "
+        "Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot),"
+    )
