@@ -23,8 +23,8 @@ from meta_test import Normalization, Result, episodes_of, meta_test, open_datase
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.errors import UserError
-from utils.files import only_process, write_csv, write_text
-from utils.names import canonical_name
+from utils.files import only_process, replace_file, write_csv, write_text
+from utils.names import find_dataset
 from utils.options import Options
 from utils.progress import progress_bar, stop_requests, tell
 from utils.scores import Score, score
@@ -40,7 +40,8 @@ class Stopped(SystemExit):
 def experiment_folder(options: Options) -> Path:
     """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME."""
     task = f"{options.num_classes_per_set}way{options.num_samples_per_class}shot"
-    return Path(options.experiments_dir) / f"{canonical_name(options.dataset_name)}_{task}" / options.experiment_name
+    dataset = find_dataset(Path(options.dataset_dir), options.dataset_name).name
+    return Path(options.experiments_dir) / f"{dataset}_{task}" / options.experiment_name
 
 
 class Experiment:
@@ -104,6 +105,8 @@ class Experiment:
                 if agreed > 1:
                     tell(f"stopped and saved at iteration {done + 1}; {self._how_to_go_on()}")
                     raise Stopped(agreed)
+            if stop:  # asked for while the last iteration's state was being saved
+                raise Stopped(stop[0])
 
     def _how_to_go_on(self) -> str:
         if self.options.continue_from_epoch == "latest":
@@ -204,15 +207,22 @@ class Experiment:
         if wanted == "latest":
             if newest := self.newest_whole():
                 self._restore(newest)
-            return
-        if wanted == "from_scratch":
+                self._save("latest")
+        elif wanted == "from_scratch":
             self._move_aside([*self.models.glob("[!.]*")])
         else:
             self._restore(self.models / f"epoch_{wanted}")
-            self._move_aside(
-                [path for path in self.models.glob("[!.]*") if epoch_number(path.name) not in self.ranking()]
-            )
+            branch = self.ranking()
+            self._move_aside([path for path in self.models.glob("[!.]*") if epoch_number(path.name) not in branch])
             self._save("latest")
+            self._save_best_of_branch()
+
+    def _save_best_of_branch(self) -> None:
+        """Make `best` the best epoch of this branch that is kept."""
+        kept = [path for epoch in self.ranking() if (path := self.models / f"epoch_{epoch}").exists()]
+        if distributed.is_main():
+            replace_file(self.models / "best", lambda file: file.write(kept[0].read_bytes()))
+        distributed.barrier()
 
     def newest_whole(self) -> Path | None:
         """The newest checkpoint that can be read; None if there is none at all.
@@ -220,20 +230,22 @@ class Experiment:
         Raises UserError if there are some and all are damaged.
         """
         epochs = sorted((path.name for path in self.models.glob("epoch_*")), key=epoch_number, reverse=True)
-        there = [path for name in ("latest", *epochs, "best") if (path := self.models / name).exists()]
-        for path in there:
-            try:
-                checkpoints.load(path)
-            except checkpoints.DamagedCheckpoint as error:
-                tell(f"warning: {error}; trying an older checkpoint")
-            else:
-                return path
-        if there:
+        names = ["latest", *epochs, "best"]
+        whole = next((path for name in names if self._is_whole(path := self.models / name)), None)
+        if whole is None and any((self.models / name).exists() for name in names):
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
                 "which keeps them in another folder"
             )
-        return None
+        return whole
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether a checkpoint is there and can be read; says so if it is there but damaged."""
+        try:
+            return path.exists() and bool(checkpoints.load(path))
+        except checkpoints.DamagedCheckpoint as error:
+            tell(f"warning: {error}; going on without it")
+            return False
 
     def _move_aside(self, paths: list[Path]) -> None:
         """Keep checkpoints that this run will not go on from in a folder of their own."""
@@ -256,18 +268,20 @@ class Experiment:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         tell(f"going on from {path}: {len(self.history)} epochs, {self.model.iterations_done} iterations done")
 
-    def _compare_options(self, before: Mapping[str, Any]) -> None:
+    def _compare_options(self, before: Mapping[str, Any], testing: bool = False) -> None:
         """Warn of options that differ from the run's; raise UserError where its records would become false."""
+        may_change = MAY_CHANGE | TEST_MAY_CHANGE if testing else MAY_CHANGE
         for name, value in dataclasses.asdict(self.options).items():
-            if name in MAY_CHANGE or before.get(name, value) == value:
+            if name in may_change or before.get(name, value) == value:
                 continue
             change = f"--{name} is {value}, but the run was started with {before[name]}"
-            if name in MUST_STAY:
+            if name in MUST_STAY and not testing:
                 raise UserError(
                     f"{change}; a run cannot go on with another one. Give the earlier value, another "
                     "--experiment_name, or --continue_from_epoch from_scratch"
                 )
-            tell(f"warning: {change}; going on with {value}")
+            used = before[name] if name == "normalization" else value
+            tell(f"warning: {change}; going on with {used}")
 
     # --- meta-test ---------------------------------------------------------------------------------------------
 
@@ -278,8 +292,9 @@ class Experiment:
             raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
         state = checkpoints.load(newest)
         self.history = state["history"]
-        kept = [self.models / f"epoch_{epoch}" for epoch in self.ranking()]
-        kept = [path for path in kept if path.exists()][: self.options.top_n_models]
+        self._compare_options(state["options"], testing=True)
+        kept = [path for epoch in self.ranking() if self._is_whole(path := self.models / f"epoch_{epoch}")]
+        kept = kept[: self.options.top_n_models]
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
@@ -292,6 +307,8 @@ MUST_STAY = {
     *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
     *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
 }
+# Options that say how to test.
+TEST_MAY_CHANGE = {"num_evaluation_tasks", "num_target_samples", "val_seed", "number_of_evaluation_steps_per_iter"}
 # Options that say where, how long or how a run computes, not what it computes.
 MAY_CHANGE = {
     *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,9 +86,10 @@ class MAMLFewShotClassifier(nn.Module):
         super().__init__()
         self.options = options = Options.from_object(args)
         self.device = torch.device(device)
+        self.image_shape = (im_shape[1], im_shape[2], im_shape[3])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)  # the initial weights are a function of the seed alone
-            self.classifier = build_network((im_shape[1], im_shape[2], im_shape[3]), options)
+            self.classifier = build_network(self.image_shape, options)
             self.inner_names = inner_loop_names(self.classifier, options)
             self.scaled_names = [name for name in self.inner_names if "linear" not in name]
             if options.contextual_grad:
@@ -290,7 +292,14 @@ class MAMLFewShotClassifier(nn.Module):
 
     def _to_device(self, data_batch: DataBatch) -> Tasks:
         dtype = next(self.parameters()).dtype
-        x_support, x_query, y_support, y_query = (torch.as_tensor(array) for array in data_batch)
+        x_support, x_query, y_support, y_query = (as_tensor(array) for array in data_batch)
+        expected = (self.options.num_classes_per_set, self.image_shape)
+        for x in (x_support, x_query):
+            if (x.shape[1], tuple(x.shape[3:])) != expected:
+                raise UserError(
+                    f"a batch of shape {tuple(x.shape)} does not fit a model of {expected[0]} ways and images of "
+                    f"{expected[1]}; batches are (tasks, way, images, C, H, W)"
+                )
         images = [x.to(self.device, dtype).flatten(1, 2) for x in (x_support, x_query)]
         labels = [y.to(self.device, torch.long).flatten(1) for y in (y_support, y_query)]
         return Tasks(images[0], labels[0], images[1], labels[1])
@@ -345,6 +354,13 @@ class MAMLFewShotClassifier(nn.Module):
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)
         return state
+
+
+def as_tensor(array: Any) -> Tensor:
+    """An array or tensor as a tensor; a read-only array, such as a memory map, is copied."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        array = array.copy()
+    return torch.as_tensor(array)
 
 
 def build_network(image_shape: tuple[int, int, int], options: Options) -> Backbone:

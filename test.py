@@ -28,7 +28,9 @@ from utils.options import Options, read_json
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
     parser.add_argument("--config", type=Path, help="JSON file of options an official checkpoint was trained with")
     parser.add_argument("--dataset", help="data set to test on; default: the one trained on")

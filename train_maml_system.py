@@ -15,6 +15,7 @@ import torch
 
 from experiment_builder import Experiment
 from few_shot_learning_system import MAMLFewShotClassifier
+from meta_test import open_dataset
 from preprocess.preprocess import ensure_builtin
 from utils import distributed
 from utils.devices import choose_device
@@ -44,6 +45,7 @@ def run(options: Options, device: torch.device) -> None:
     model = MAMLFewShotClassifier((options.batch_size, *options.image_shape), device, options)
     experiment = Experiment(options, model)
     if not options.evaluate_on_test_set_only:
+        open_dataset(options, test_dataset, "test")  # what is wrong with it should not come out after the training
         experiment.train()
     experiment.meta_test(test_dataset)
 
@@ -100,5 +102,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; training goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -26,17 +26,18 @@ def naive_loss(model: Any, batch: tuple[Tensor, ...], steps: int, contextual: bo
         gamma = model.gamma_generator(c)
         return [g * v / v.pow(2).sum().sqrt() for g, v in zip(gamma, w[:-2], strict=True)] + w[-2:]
 
+    context_rate = model.options.context_params_learning_rate
     total = batch[0].new_zeros(())
     for xs, xq, ys, yq in zip(*(part.flatten(1, 2) for part in batch), strict=True):
         w, c = start, xs.new_zeros(model.options.num_context_params, requires_grad=True)
         if contextual:
-            c = c - torch.autograd.grad(F.cross_entropy(logits(scaled(w, c), xs), ys), c)[0]
+            c = c - context_rate * torch.autograd.grad(F.cross_entropy(logits(scaled(w, c), xs), ys), c)[0]
             c = c.detach().requires_grad_()
         for _ in range(steps):
             w = scaled(w, c) if contextual else w
             wanted = [*w, c] if contextual else w
             grads = torch.autograd.grad(F.cross_entropy(logits(w, xs), ys), wanted, create_graph=True)
-            c = c - grads[-1] if contextual else c
+            c = c - context_rate * grads[-1] if contextual else c
             w = [v - model.options.init_inner_loop_learning_rate * g for v, g in zip(w, grads, strict=False)]
         total = total + F.cross_entropy(logits(w, xq), yq) / len(batch[0])
     return total

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tests.golden_cxgrad import GOLDEN, Golden, load_cases
 from utils import checkpoints
 from utils.checkpoints import DamagedCheckpoint
 from utils.errors import UserError
-from utils.official_checkpoints import load_official
+from utils.official_checkpoints import PIXELS_OF_MAP, infer_options, load_official
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,14 +52,16 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> No
         assert weights.shape == (300_000,) and (weights == weights[0]).all()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "no network"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "no network"])
 def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "latest"
     checkpoints.save({"network": {"w": torch.zeros(1000)}}, path)
     if damage == "no network":
         torch.save({"weights": 1}, path)
     else:
-        path.write_bytes({"truncated": path.read_bytes()[:-200], "empty": b"", "text": b"hello"}[damage])
+        whole = path.read_bytes()
+        flipped = whole[:1000] + bytes([whole[1000] ^ 255]) + whole[1001:]
+        path.write_bytes({"truncated": whole[:-200], "flipped": flipped, "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(DamagedCheckpoint, match=str(path)):
         checkpoints.load(path)
 
@@ -77,6 +80,26 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             checkpoints.load(tmp_path / "bad")
         assert not (tmp_path / "ran").exists()
+
+
+def test_numpy_numbers_beside_the_weights_are_read(tmp_path: Path) -> None:
+    """Official checkpoints hold them: best accuracy, iteration, statistics of each epoch."""
+    numbers = {"best_val_acc": np.float64(0.5), "iter": np.int64(7), "flag": np.bool_(True), "f": np.float32(2)}
+    torch.save({"network": {"w": torch.zeros(1)}, "rows": {"loss": [np.float64(1.5)]}, **numbers}, tmp_path / "m_1")
+    state = checkpoints.load(tmp_path / "m_1")
+    assert state["best_val_acc"] == 0.5 and state["iter"] == 7 and state["flag"] and state["rows"] == {"loss": [1.5]}
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+@pytest.mark.parametrize("case", [n for n in load_cases() if "eval" not in n] if GOLDEN.is_dir() else [])
+def test_official_weights_tell_how_they_were_made(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PIXELS_OF_MAP, 1, 20)
+    golden = Golden(case, load_cases()[case], "f32")
+    found = infer_options({n[5:]: torch.from_numpy(a) for n, a in golden.arrays.items() if n.startswith("init/")})
+    trained = golden.model().options
+    unknown = {"enable_inner_loop_optimizable_bn_params"} if case == "maml_inner_bn" else set()
+    for name in found.keys() - unknown - {"image_height", "image_width"}:
+        assert found[name] == getattr(trained, name), name
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")

@@ -18,13 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
+import experiment_builder
 import test as test_entry
+from data import Episodes, open_split
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
+from utils.files import only_process
 from utils.options import Options, parse_args
+from utils.scores import score
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split(
@@ -37,17 +41,17 @@ TINY = shlex.split(
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data set `toy`: 4 classes of 6 noisy 8x8 images of one colour in each split."""
+    """A folder with the data set `toy`: 4 classes of 8 images in each split, too noisy to be told apart for certain."""
     folder = tmp_path_factory.mktemp("datasets")
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for k in range(4):
             class_folder = folder / "toy" / split / f"class_{k}"
             class_folder.mkdir(parents=True)
-            colour = rng.integers(0, 200, 3)
-            for i in range(6):
-                pixels = (colour + rng.integers(0, 56, (8, 8, 3))).astype(np.uint8)
-                Image.fromarray(pixels).save(class_folder / f"{i}.png")
+            colour = rng.normal(128, 12, 3)
+            for i in range(8):
+                pixels = rng.normal(colour + rng.normal(0, 10, 3), 40, (8, 8, 3)).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(class_folder / f"{i}.png")
     return folder
 
 
@@ -154,7 +158,9 @@ def test_the_test_entry_scores_checkpoints_and_checks_the_way(finished: Path, to
     ]
     test_entry.main([*best, "--episode", "7", "--shot", "2", "--query", "3"])
     added = json.loads(file.read_text())[len(before) :]
-    assert [(row["episodes"], row["shot"], row["query"]) for row in added] == [(7, 2, 3)] * 2
+    assert [(row["episodes"], row["shot"], row["query"], row["model"]) for row in added] == [(7, 2, 3, "best")]
+    with pytest.raises(UserError, match="needs statistics that training did not keep"):
+        test_entry.main([*best, "--batch_norm", "running"])
     with pytest.raises(UserError, match="it cannot be tested with --way 3"):
         test_entry.main([*best, "--way", "3"])
     file.write_text(json.dumps(before))
@@ -218,6 +224,9 @@ def test_a_damaged_latest_falls_back_to_the_newest_good_checkpoint(
     main(command(toy_data, tmp_path))
     output = capsys.readouterr().out
     assert "latest is damaged" in output and "going on from" in output and "epoch_2" in output
+    latest.write_bytes(b"")
+    main(command(toy_data, tmp_path, "--evaluate_on_test_set_only", "true"))
+    main(command(toy_data, tmp_path))
     assert history(tmp_path) == history(finished)
     assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
 
@@ -230,8 +239,95 @@ def test_nothing_is_overwritten_when_no_checkpoint_can_be_read(toy_data: Path, t
         main(command(toy_data, tmp_path))
     assert (models / "latest").read_bytes() == b"not a checkpoint"
     main(command(toy_data, tmp_path, "--continue_from_epoch", "from_scratch", "--total_epochs", "1"))
-    kept = [path for path in folder_of(tmp_path).parent.iterdir() if path.name.startswith("experiment.")]
-    assert (kept[0] / "saved_models" / "latest").read_bytes() == b"not a checkpoint"
+    (kept,) = folder_of(tmp_path).glob("saved_models_until_*")
+    assert (kept / "latest").read_bytes() == b"not a checkpoint"
+
+
+@pytest.mark.parametrize(
+    "change", [("--batch_size", "4"), ("--total_iter_per_epoch", "2"), ("--normalization", "channel")]
+)
+def test_options_that_would_make_records_false_are_refused(
+    finished: Path, toy_data: Path, change: tuple[str, str]
+) -> None:
+    before = final_weights(finished)
+    with pytest.raises(UserError, match=f"{change[0]} is {change[1]}, but the run was started with"):
+        main(command(toy_data, finished, *change))
+    assert all(torch.equal(tensor, final_weights(finished)[name]) for name, tensor in before.items())
+
+
+def test_going_on_from_an_epoch_keeps_the_other_branch_aside(toy_data: Path, tmp_path: Path) -> None:
+    main(command(toy_data, tmp_path, "--max_models_to_save", "3"))
+    main(command(toy_data, tmp_path, "--max_models_to_save", "3", "--continue_from_epoch", "1", "--total_epochs", "2"))
+    folder = folder_of(tmp_path)
+    assert {path.name for path in (folder / "saved_models").glob("[!.]*")} == {"latest", "best", "epoch_1", "epoch_2"}
+    assert checkpoints.load(folder / "saved_models" / "best")["history"][-1]["epoch"] in (1, 2)
+    (aside,) = folder.glob("saved_models_until_*")
+    assert {"epoch_2", "epoch_3", "latest"} <= {path.name for path in aside.iterdir()}
+    assert [row["epoch"] for row in history(tmp_path)] == [1, 2]
+
+
+def test_testing_with_other_settings_than_trained_says_so(
+    finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder_of(finished) / "logs" / "test_summary.json"
+    before = file.read_text()
+    test = ["--evaluate_on_test_set_only", "true", "--normalization", "channel", "--num_target_samples", "3"]
+    main(command(toy_data, finished, *test))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: --normalization is channel, but the run was started with unit; going on with unit"]
+    assert json.loads(file.read_text())[-1]["normalization"] == "unit"
+    file.write_text(before)
+
+
+def test_two_processes_cannot_train_in_one_folder(toy_data: Path, tmp_path: Path) -> None:
+    with (
+        only_process(folder_of(tmp_path), "training"),
+        pytest.raises(UserError, match="another process is training in"),
+    ):
+        main(command(toy_data, tmp_path))
+
+
+def test_a_frequent_save_changes_nothing(
+    finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_builder, "SAVE_EVERY_SECONDS", 0.0)
+    saved: list[int] = []
+    save = MAMLFewShotClassifier.save_model
+
+    def note(self: MAMLFewShotClassifier, path: Path, state: Any) -> None:
+        saved.append(self.iterations_done)
+        save(self, path, state)
+
+    monkeypatch.setattr(MAMLFewShotClassifier, "save_model", note)
+    main(command(toy_data, tmp_path))
+    assert set(saved) == set(range(1, 13))
+    assert history(tmp_path) == history(finished)
+
+
+def test_normalisation_and_seeds_reach_training_validation_and_test(toy_data: Path, tmp_path: Path) -> None:
+    """A hand-made evaluation of the saved model, with the train split's statistics, gives the recorded numbers."""
+    extra = ["--normalization", "channel", "--train_seed", "3", "--val_seed", "5", "--total_epochs", "2"]
+    main(command(toy_data, tmp_path, *extra))
+    options = parse_args(command(toy_data, tmp_path, *extra))
+    train = open_split(toy_data, "toy", "train", (3, 8, 8))
+    folder = folder_of(tmp_path)
+    ranking = sorted(history(tmp_path), key=lambda row: (-row["val_accuracy"], row["epoch"]))
+
+    def logits(split: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        model = MAMLFewShotClassifier((2, 3, 8, 8), "cpu", options)
+        model.load_checkpoint(folder / "saved_models" / name)
+        source = open_split(toy_data, "toy", split, (3, 8, 8))
+        batch = Episodes(source, 2, 1, 2, 5, train.mean, train.std, torch.device("cpu")).batch(0, 5)
+        return torch.stack(model.run_validation_iter(batch)[1]), batch.y_target.flatten(1)
+
+    for row in ranking:
+        assert score(*logits("val", f"epoch_{row['epoch']}")).loss == pytest.approx(row["val_loss"], rel=1e-6)
+    results = json.loads((folder / "logs" / "test_summary.json").read_text())
+    each = [logits("test", f"epoch_{row['epoch']}") for row in ranking]
+    assert results[0]["loss"] == pytest.approx(score(*each[0]).loss, rel=1e-6)
+    ensemble = score((each[0][0] + each[1][0]) / 2, each[0][1])
+    assert results[1]["loss"] == pytest.approx(ensemble.loss, rel=1e-6) != results[0]["loss"]
+    assert {result["normalization"] for result in results} == {"channel"}
 
 
 def test_changed_options_are_named_when_going_on(
@@ -251,11 +347,17 @@ def test_two_processes_train_as_one_does(finished: Path, toy_data: Path, tmp_pat
     assert (folder_of(tmp_path) / "logs" / "test_summary.json").exists(), output
     for name, tensor in final_weights(finished).items():
         torch.testing.assert_close(final_weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-5)
-    ours, theirs = history(tmp_path), history(finished)
-    assert [row["val_accuracy"] for row in ours] == pytest.approx([row["val_accuracy"] for row in theirs])
+    for ours, theirs in zip(history(tmp_path), history(finished), strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         subprocess.run(
-            [sys.executable, *launcher, "train_maml_system.py", *command(toy_data, tmp_path, "--batch_size", "3")],
+            [
+                sys.executable,
+                *launcher,
+                "train_maml_system.py",
+                *command(toy_data, tmp_path / "x", "--batch_size", "3"),
+            ],
             cwd=ROOT,
             check=True,
             capture_output=True,
@@ -276,10 +378,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration(toy_data: Path, tmp_
     ("extra", "message"),
     [
         (["--num_classes_per_set", "5"], r"5.*4"),
-        (["--num_target_samples", "6"], r"class_0.*6"),
+        (["--num_target_samples", "8"], r"class_0.*8"),
         (["--gpu", "97"], r"GPU 97 does not exist on this machine"),
         (["--dataset_name", "nowhere"], r"nowhere.*preprocess"),
-        (["--evaluate_on_test_set_only", "true"], r"there is no checkpoint .*latest"),
+        (["--test_dataset", "nowhere"], r"nowhere.*preprocess"),
+        (["--evaluate_on_test_set_only", "true"], r"there is no checkpoint in .*train first"),
         (["--continue_from_epoch", "9"], r"there is no checkpoint .*epoch_9"),
     ],
 )

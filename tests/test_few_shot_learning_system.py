@@ -71,14 +71,14 @@ def float32_tolerance(case: str, name: str) -> float:
     """The golden README's recommendations, section 6."""
     quantity = name.removeprefix("eval/")
     if "five_batches" in quantity:
-        return 5e-2 if "per_step" in case else 1e-5 if context_is_inert(case) else 3e-4
+        return 3e-2 if "per_step" in case else 1e-5 if context_is_inert(case) else 3e-4
     if quantity.startswith("context"):
         return 2e-2 if context_is_inert(case) else 2e-3
     if quantity.startswith("gamma"):
         return 2e-5 if context_is_inert(case) else 5e-4
     if quantity.startswith("outer_grad"):
         if quantity.endswith("gamma_generator.0.weight"):
-            return 2e-2
+            return 2e-2 if context_is_inert(case) or "msl" in case else 2e-3
         usual = 1e-4 if context_is_inert(case) else 2e-2 if "msl" in case else 2e-3
         return 3e-2 if case == "l2f" else usual
     return 1e-5 if context_is_inert(case) else 3e-4
@@ -124,7 +124,7 @@ def tiny_batch(tasks: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
 
 @pytest.mark.parametrize("contextual", [False, True])
 def test_training_equals_a_naive_loop_in_value_and_gradient(contextual: bool) -> None:
-    model = tiny_model(contextual_grad=contextual)
+    model = tiny_model(contextual_grad=contextual, context_params_learning_rate=0.7)
     batch = tiny_batch()
     expected = naive_loss(model, batch, 2, contextual)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -209,6 +209,38 @@ def test_arrays_and_tensors_of_any_precision_are_accepted() -> None:
     assert from_arrays["loss"].dtype == torch.float32
 
 
+def test_evaluation_makes_the_steps_it_is_asked_for() -> None:
+    tasks = tiny_model()._to_device(tiny_batch())
+    steps = [
+        tiny_model(number_of_evaluation_steps_per_iter=n).adapt(tasks.x_support, tasks.y_support).step for n in (1, 3)
+    ]
+    assert steps == [0, 2]
+
+
+def test_multi_step_loss_ends_with_its_last_epoch() -> None:
+    on = tiny_model(use_multi_step_loss_optimization=True, multi_step_loss_num_epochs=3)
+    off = tiny_model()
+    tasks = off._to_device(tiny_batch())
+    assert not torch.allclose(on.query_losses(tasks, 2)[0], off.query_losses(tasks, 2)[0])
+    torch.testing.assert_close(on.query_losses(tasks, 3)[0], off.query_losses(tasks, 3)[0])
+
+
+def test_batch_norm_weights_stay_put_if_not_learnable() -> None:
+    model = tiny_model(learnable_bn_gamma=False)
+    model.run_train_iter(tiny_batch(), 0)
+    norm = {name: p for name, p in model.classifier.named_parameters() if "norm_layer" in name}
+    assert all((p == 1).all() for name, p in norm.items() if name.endswith("weight"))
+    assert all((p != 0).any() for name, p in norm.items() if name.endswith("bias"))
+
+
+def test_evaluation_works_without_gradients_switched_on() -> None:
+    model = tiny_model(contextual_grad=True)
+    with torch.no_grad():
+        inside, _ = model.run_validation_iter(tiny_batch())
+    outside, _ = model.run_validation_iter(tiny_batch())
+    assert inside["loss"] == outside["loss"]
+
+
 def test_second_order_starts_after_the_annealing_epoch() -> None:
     def gradient(epoch: int, **changes: Any) -> Tensor:
         model = tiny_model(**changes)
@@ -279,16 +311,32 @@ def test_missing_attributes_take_the_defaults() -> None:
     assert model.classifier.layer_dict["linear"].weights.shape == (5, 48 * 5 * 5)
 
 
+def test_batches_that_do_not_fit_are_refused() -> None:
+    support, query, *labels = tiny_batch()
+    with pytest.raises(UserError, match=r"\(2, 2, 2, 3, 8, 8\) does not fit a model of 3 ways"):
+        tiny_model().run_validation_iter((support[:, :2], query[:, :2], *labels))
+    with pytest.raises(UserError, match=r"images of \(3, 8, 8\)"):
+        tiny_model().run_validation_iter((support[..., :7], query, *labels))
+
+
 def test_too_small_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"images of 8x8 are too small for 4 stages: use larger images or fewer stages"):
         tiny_model(num_stages=4)
 
 
-def test_strided_variant_has_one_feature_per_filter() -> None:
-    model = tiny_model(max_pooling=False)
-    assert model.classifier.layer_dict["linear"].weights.shape == (3, 4)
-    losses, _ = model.run_train_iter(tiny_batch(), 0)
-    assert torch.isfinite(losses["loss"])
+@pytest.mark.parametrize(("pooling", "padding"), [(True, False), (False, True), (False, False)])
+def test_network_variants_equal_plain_layers(pooling: bool, padding: bool) -> None:
+    model = tiny_model(max_pooling=pooling, conv_padding=padding, num_stages=1 if pooling else 2)
+    p = dict(model.classifier.named_parameters())
+    images = tiny_batch()[0].flatten(1, 2)
+    x = images[0]
+    for i in range(model.options.num_stages):
+        x = F.conv2d(x, p[f"layer_dict.conv{i}.conv.weight"], stride=1 if pooling else 2, padding=int(padding))
+        x = F.leaky_relu(F.batch_norm(x, None, None, training=True), 0.01)
+        x = F.max_pool2d(x, 2) if pooling else x
+    x = x.flatten(1) if pooling else x.mean((2, 3))
+    expected = F.linear(x, p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
+    torch.testing.assert_close(model.classifier(model.task_parameters(2), images, 0)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ def test_defaults_are_the_published_recipe() -> None:
         (["--top_n_models", "6"], r"--top_n_models 6 needs more checkpoints than --max_models_to_save 5 keeps"),
         (["--min_learning_rate", "0.1"], r"--min_learning_rate 0.1 is above --meta_learning_rate 0.001"),
         (["--continue_from_epoch", "last"], r"--continue_from_epoch is 'last': latest, from_scratch or a number"),
+        (["--train_seed", "-1"], r"--train_seed is -1; it must be from 0"),
+        (["--meta_learning_rate", "nan"], r"--meta_learning_rate is nan; it must be a number from 0 up"),
         (["--image_channels", "2"], r"--image_channels is 2"),
+        (["--num_evaluation_tasks", "1"], r"at least 2: one task has no confidence interval"),
         (["stray"], r"'stray' belongs to no option"),
     ],
 )
@@ -66,6 +69,7 @@ def test_more_evaluation_steps_than_learned_values_is_a_contradiction(option: st
         ("[1]", r"must hold one JSON object"),
         ('{"batch_size": [1]}', r"--batch_size is \[1\]; it takes a whole number"),
         ('{"batch_size": true}', r"--batch_size is True; it takes a whole number"),
+        ('{"total_epochs": 1e400}', r"--total_epochs is inf; it takes a whole number"),
         ('{"seed": null}', r"--seed needs a value"),
     ],
 )
@@ -74,6 +78,26 @@ def test_bad_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         parse_args(["--name_of_args_json_file", str(file)])
+
+
+def test_official_json_files_run_and_dead_keys_give_one_warning_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Keys of the official CxGrad, MAML++ and ALFA files, among them those that their programs never read."""
+    dead = {"weight_decay": 0.0, "evalute_on_test_set_only": False, "gpu_to_use": 0, "dropout_rate_value": 0.0}
+    dead |= {"task_learning_rate": 0.1, "continue_from_epoch": -2, "num_of_gpus": 1, "samples_per_iter": 1}
+    live = {
+        "backbone": "4-CONV",
+        "contextual_grad": True,
+        "second_order": "true",
+        "init_inner_loop_weight_decay": 0.0005,
+    }
+    file = tmp_path / "official.json"
+    file.write_text(json.dumps({**dead, **live}))
+    options = parse_args(["--name_of_args_json_file", str(file), "--second_order", "false"])
+    assert (options.contextual_grad, options.second_order, options.continue_from_epoch) == (True, False, "latest")
+    named = [record.getMessage().split("'")[1] for record in caplog.records]
+    assert sorted(named) == sorted(dead)
 
 
 def test_missing_json_file_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The experiment scripts: what they pass on, and that every option in them is a real one.
+"""The experiment scripts: what they pass on, that every option in them is a real one, and that each of them runs.
 
 Most tests put a small program in the place of Python that prints the arguments it was given, one a line.
 """
@@ -8,10 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+import train_maml_system
 from utils.options import Options, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,10 +30,85 @@ READ_BY_SCRIPTS = {
     "VIRTUAL_ENV",
     "CONDA_PREFIX",
 }
+DATA_SETS = ["mini_imagenet", "tiered_imagenet", "CIFAR_FS", "FC100", "CUB", "omniglot", "glyphs"]
+LSLR = "learnable_per_layer_per_step_inner_loop_learning_rate"
+
+# What makes each method. The first of `PLAIN` is what a method has that says nothing else here.
+PLAIN = {
+    LSLR: False,
+    "per_step_bn_statistics": False,
+    "use_multi_step_loss_optimization": False,
+    "lr_schedule": None,
+    "init_inner_loop_learning_rate": 0.01,
+    "inner_loop_part": "all",
+    "contextual_grad": False,
+    "meta_sgd": False,
+    "alfa": False,
+    "random_init": False,
+    "attenuate": False,
+}
+MAML_PLUS_PLUS = {
+    LSLR: True,
+    "per_step_bn_statistics": True,
+    "use_multi_step_loss_optimization": True,
+    "lr_schedule": "per_epoch",
+    "init_inner_loop_learning_rate": 0.1,
+}
+METHODS: dict[str, dict[str, object]] = {
+    "CxGrad": {"contextual_grad": True},
+    "maml": {},
+    "MAMLpp": MAML_PLUS_PLUS,
+    "ALFA": {"alfa": True},
+    "L2F": {"attenuate": True},
+    "ALFA_L2F": {"alfa": True, "attenuate": True},
+    "ALFA_random_init": {"alfa": True, "random_init": True},
+    "ANIL": {"inner_loop_part": "head"},
+    "BOIL": {"inner_loop_part": "body"},
+    "MetaSGD": {"meta_sgd": True},
+}
+WITH_RESNET = {
+    "maml": ["mini_imagenet", "tiered_imagenet"],
+    "L2F": ["mini_imagenet"],
+    "ALFA": ["mini_imagenet", "tiered_imagenet", "CIFAR_FS", "FC100"],
+}  # where a result is published
+
+# The lines of a row and the options that each may hold, in this order.
+LINES = [
+    ["dataset_name", "image_height", "image_width", "image_channels", "normalization"],
+    ["num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "rotate_classes"],
+    ["backbone", "cnn_num_filters", "num_stages", "max_pooling"]
+    + ["resnet_widths", "tasks_per_pass", "checkpoint_inner_steps"],
+    ["batch_norm", "per_step_bn_statistics", "use_bias"],
+    ["inner_loop_part", "number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter"],
+    ["init_inner_loop_learning_rate", LSLR],
+    ["contextual_grad", "num_context_params", "context_params_learning_rate", "meta_sgd"]
+    + ["alfa", "init_inner_loop_weight_decay", "random_init", "attenuate"],
+    ["second_order", "first_order_to_second_order_epoch", "total_epochs", "total_iter_per_epoch"],
+    ["use_multi_step_loss_optimization", "multi_step_loss_num_epochs"],
+    ["meta_learning_rate", "min_learning_rate", "lr_schedule", "clamp_outer_gradients"],
+    ["num_evaluation_tasks", "top_n_models", "seed", "train_seed", "val_seed"],
+]
+# What a method may change in the rows of one data set.
+OF_METHOD = {
+    *PLAIN,
+    *("use_bias", "min_learning_rate", "multi_step_loss_num_epochs", "clamp_outer_gradients"),
+    *("backbone", "cnn_num_filters", "tasks_per_pass", "checkpoint_inner_steps"),
+    "experiment_name",
+}
 
 
 def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
+
+
+def method_of(row: Path) -> str:
+    return row.stem.rpartition("_")[0]
+
+
+def data_of(row: Path) -> tuple[str, int]:
+    """Data set and shot."""
+    name, shot = row.parent.name.split("_5way_")
+    return name, int(shot.removesuffix("shot"))
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=name_of)
@@ -44,9 +122,9 @@ def program(path: Path, *lines: str) -> Path:
     return path
 
 
-@pytest.fixture
-def printer(tmp_path: Path) -> Path:
-    return program(tmp_path / "printer", "printf '%s\\n' \"$@\"")
+@pytest.fixture(scope="session")
+def printer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program(tmp_path_factory.mktemp("printer") / "printer", "printf '%s\\n' \"$@\"")
 
 
 def call(script: Path | str, *words: str, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess[str]:
@@ -66,77 +144,176 @@ def options_of(arguments: list[str]) -> Options:
     return parse_args(arguments[arguments.index("train_maml_system.py") + 1 :])
 
 
-def test_every_row_has_its_two_scripts() -> None:
-    data_sets = ["mini_imagenet", "tiered_imagenet", "CIFAR_FS", "CUB", "glyphs"]
-    expected = {
-        f"{data}_5way_{shot}shot/{method}_4conv"
-        for data in data_sets
-        for shot in (1, 5)
-        for method in ("CxGrad", "maml")
-    }
+@pytest.fixture(scope="session")
+def words_of(printer: Path) -> Callable[[Path], list[str]]:
+    """What a row hands to Python on a CPU. Each row runs once."""
+    known: dict[Path, list[str]] = {}
+
+    def words(row: Path) -> list[str]:
+        if row not in known:
+            known[row] = passed_on(row, "cpu", PYTHON=printer)
+        return known[row]
+
+    return words
+
+
+def code_of(row: Path) -> list[str]:
+    return [line for line in row.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def options_in(line: str) -> list[str]:
+    return [word.removeprefix("--") for word in shlex.split(line) if word.startswith("--")]
+
+
+def test_every_row_has_its_script() -> None:
+    conv = {(data, f"{method}_4conv") for data in DATA_SETS for method in METHODS}
+    resnet = {(data, f"{method}_resnet12") for method, data_sets in WITH_RESNET.items() for data in data_sets}
+    expected = {f"{data}_5way_{shot}shot/{name}" for data, name in conv | resnet for shot in (1, 5)}
     assert {name_of(row) for row in ROWS} == expected
 
 
-@pytest.mark.parametrize("script", [*ROWS, FOLDER / "demo.sh", FOLDER / "run.sh", ROOT / ".ci" / "run"], ids=name_of)
+@every_row
+def test_script_is_short_and_opens_with_its_row_accuracy_time_and_commands(row: Path) -> None:
+    lines, code = row.read_text().splitlines(), code_of(row)
+    header = "\n".join(lines[: lines.index(code[0])])
+    network = {"4conv": "4-CONV", "resnet12": "ResNet-12"}[row.stem.rpartition("_")[2]]
+    assert 5 <= len(code) <= 15
+    assert max(map(len, lines)) <= 120
+    assert re.search(rf"^# .+, {network}, .+ 5-way {data_of(row)[1]}-shot.*: .*arXiv \d{{4}}\.\d{{5}}", header, re.M)
+    assert "\n# Published accuracy: " in header
+    assert "\n# Time and memory: " in header
+    assert f"#   bash {row.relative_to(ROOT)} 0\n" in header
+    assert f"#   TEST=1 bash {row.relative_to(ROOT)} 0\n" in header
+    assert os.access(row, os.X_OK)
+
+
+@every_row
+def test_each_line_holds_one_group_of_options_in_one_order(row: Path) -> None:
+    source, opening, *lines, closing, run = code_of(row)
+    assert (source, opening) == ('source "$(dirname "${BASH_SOURCE[0]}")/../run.sh"', "row=(")
+    assert (closing, run) == (")", 'run_row "$@"')
+    for line, group in zip(lines, LINES, strict=True):
+        names = options_in(line)
+        assert names == [name for name in group if name in names]
+
+
+@every_row
+def test_options_are_real_and_say_what_the_folder_and_file_say(
+    row: Path, words_of: Callable[[Path], list[str]]
+) -> None:
+    options = options_of(words_of(row))
+    data, shot = data_of(row)
+    assert (options.dataset_name, options.num_classes_per_set, options.num_samples_per_class) == (data, 5, shot)
+    assert options.experiment_name == row.stem
+    assert options.backbone == {"4conv": "4-CONV", "resnet12": "ResNet-12"}[row.stem.rpartition("_")[2]]
+    method = {name: getattr(options, name) for name in PLAIN}
+    assert method == PLAIN | METHODS[method_of(row)]
+    assert options.has_conv_bias == (method_of(row) == "MAMLpp" or options.alfa or options.attenuate)
+    assert (options.second_order, options.first_order_to_second_order_epoch) == (True, -1)
+    assert not options.evaluate_on_test_set_only
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+@pytest.mark.parametrize("shot", [1, 5])
+def test_rows_of_one_data_set_differ_only_in_their_method(
+    data: str, shot: int, words_of: Callable[[Path], list[str]]
+) -> None:
+    rows = [row for row in ROWS if data_of(row) == (data, shot)]
+    shared = {
+        name: {str(value) for value in values}
+        for name, values in values_of([options_of(words_of(row)) for row in rows]).items()
+        if name not in OF_METHOD
+    }
+    if data == "mini_imagenet" and shot == 1:
+        shared["batch_size"].remove("2")  # of L2F with ResNet-12, as published
+    assert {name: values for name, values in shared.items() if len(values) > 1} == {}
+
+
+def values_of(rows: Sequence[Options]) -> dict[str, list[object]]:
+    """Option name -> its value in each row."""
+    dicts = [asdict(options) for options in rows]
+    return {name: [row[name] for row in dicts] for name in dicts[0]}
+
+
+def test_no_two_scripts_are_the_same_run(words_of: Callable[[Path], list[str]]) -> None:
+    runs = {row: asdict(options_of(words_of(row))) | {"experiment_name": None} for row in ROWS}
+    assert len({str(run) for run in runs.values()}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if data_of(row)[0] not in ("glyphs", "omniglot")], ids=name_of)
+def test_published_rows_follow_the_published_recipe(row: Path, words_of: Callable[[Path], list[str]]) -> None:
+    options = options_of(words_of(row))
+    data, shot = data_of(row)
+    native = data in ("CIFAR_FS", "FC100")
+    assert options.image_shape == ((3, 32, 32) if native else (3, 84, 84))
+    assert options.normalization == ("channel" if native else "unit")
+    assert (options.cnn_num_filters, options.num_stages, options.num_target_samples) == (48, 4, 15)
+    assert options.batch_size == (2 if row.stem == "L2F_resnet12" else {1: 4, 5: 2}[shot])
+    assert (options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter) == (5, 5)
+    assert options.meta_learning_rate == 0.001
+    assert (options.total_epochs, options.total_iter_per_epoch, options.num_evaluation_tasks) == (100, 500, 600)
+    assert (options.num_context_params, options.context_params_learning_rate) == (100, 1.0)
+    assert (options.top_n_models, options.batch_norm) == (5, "transductive")
+
+
+@every_row
+def test_outer_rate_falls_with_a_multi_step_loss_at_its_start_in_maml_plus_plus_alone(
+    row: Path, words_of: Callable[[Path], list[str]]
+) -> None:
+    options = options_of(words_of(row))
+    fall = options.min_learning_rate / options.meta_learning_rate
+    clamp = options.clamp_outer_gradients
+    if method_of(row) != "MAMLpp":
+        assert (fall, clamp) == (1, 0)
+        return
+    assert fall == pytest.approx(0.01)
+    assert clamp == (10 if "imagenet" in options.dataset_name else 0)
+    assert options.multi_step_loss_num_epochs == (2 if options.dataset_name == "glyphs" else 15)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if data_of(row)[0] == "omniglot"], ids=name_of)
+def test_omniglot_rows_turn_classes_and_have_as_many_queries_as_shots(
+    row: Path, words_of: Callable[[Path], list[str]]
+) -> None:
+    options = options_of(words_of(row))
+    assert options.turns_classes
+    assert options.image_shape == (1, 28, 28)
+    assert options.num_target_samples == options.num_samples_per_class
+    assert (options.batch_size, options.cnn_num_filters, options.total_epochs) == (8, 64, 150)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.stem.endswith("resnet12")], ids=name_of)
+def test_resnet_rows_hold_memory_down(row: Path, words_of: Callable[[Path], list[str]]) -> None:
+    options = options_of(words_of(row))
+    assert options.resnet_width_list == [64, 128, 256, 512]
+    assert (options.tasks_per_pass, options.checkpoint_inner_steps) == (1, True)
+
+
+@pytest.mark.parametrize("script", [FOLDER / "demo.sh", FOLDER / "run.sh", ROOT / ".ci" / "run"], ids=name_of)
 def test_shell_syntax_is_right(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 @every_row
-def test_script_is_short_and_opens_with_its_row_accuracy_time_and_commands(row: Path) -> None:
-    lines = row.read_text().splitlines()
-    code = [line for line in lines if line and not line.startswith("#")]
-    header = "\n".join(lines[: lines.index(code[0])])
-    shot = row.parent.name.removesuffix("shot")[-1]
-    assert 5 <= len(code) <= 15
-    assert re.search(rf"^# (CxGrad|MAML).* 4-CONV.* 5-way {shot}-shot", header, re.MULTILINE)
-    assert "# Published accuracy: " in header
-    assert "# Time and memory: " in header
-    assert f"#   bash {row.relative_to(ROOT)} 0\n" in header
-    assert f"#   TEST=1 bash {row.relative_to(ROOT)} 0\n" in header
+def test_every_script_runs_dry(
+    row: Path, words_of: Callable[[Path], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry, *words = words_of(row)
+    assert entry == "train_maml_system.py"
+    train_maml_system.main([*words, "--dry_run", "true"])
+    assert capsys.readouterr().out.endswith("dry run: trained, resumed, tested and cross-tested\n")
 
 
-@every_row
-def test_options_are_real_and_say_what_the_folder_and_file_say(row: Path, printer: Path) -> None:
-    options = options_of(passed_on(row, "cpu", PYTHON=printer))
-    assert (
-        row.parent.name
-        == f"{options.dataset_name}_{options.num_classes_per_set}way_{options.num_samples_per_class}shot"
+@pytest.mark.parametrize(
+    "name", ["omniglot_5way_1shot/MAMLpp_4conv.sh", "FC100_5way_5shot/ALFA_resnet12.sh", "demo.sh"]
+)
+def test_dry_run_from_the_shell_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    result = call(
+        FOLDER / name, "cpu", "--dry_run", "true", PYTHON=sys.executable, TMPDIR=tmp_path, DATASET_DIR=tmp_path
     )
-    assert options.experiment_name == row.stem
-    assert options.contextual_grad == row.stem.startswith("CxGrad")
-    assert options.second_order
-    assert not options.use_multi_step_loss_optimization
-    assert not options.evaluate_on_test_set_only
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if "glyphs" not in row.parent.name], ids=name_of)
-def test_published_rows_follow_the_published_recipe(row: Path, printer: Path) -> None:
-    options = options_of(passed_on(row, "cpu", PYTHON=printer))
-    side = 32 if options.dataset_name == "CIFAR_FS" else 84
-    assert options.image_shape == (3, side, side)
-    assert (options.cnn_num_filters, options.num_stages, options.num_target_samples) == (48, 4, 15)
-    assert options.batch_size == {1: 4, 5: 2}[options.num_samples_per_class]
-    assert (options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter) == (5, 5)
-    assert (options.init_inner_loop_learning_rate, options.meta_learning_rate) == (0.01, 0.001)
-    assert options.min_learning_rate == options.meta_learning_rate
-    assert (options.total_epochs, options.total_iter_per_epoch, options.num_evaluation_tasks) == (
-        100,
-        500,
-        600,
-    )
-    assert (options.num_context_params, options.context_params_learning_rate, options.top_n_models) == (
-        100,
-        1.0,
-        5,
-    )
-
-
-@every_row
-def test_no_script_spells_an_option_twice(row: Path) -> None:
-    words = shlex.split(row.read_text(), comments=True)
-    names = [word for word in words if word.startswith("--")]
-    assert len(names) == len(set(names))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("dry run: trained, resumed, tested and cross-tested\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("gpu", ["cpu", "0", "3"])

@@ -1,6 +1,7 @@
 """Checkpoint files: written so that a crash leaves the old one or the new one, read without running code in them."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ def load(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in path.parent.glob("[!.]*"))) if path.parent.is_dir() else ""
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
     try:
+        if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):  # torch does not check the sums
+            raise ValueError(f"wrong checksum of {member}")
         with torch.serialization.safe_globals(numpy_scalars()):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({reason})") from error
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or "network" not in state:
         raise DamagedCheckpoint(f"{path} holds no 'network' entry, so it is not a checkpoint of this program")
     return state

@@ -15,7 +15,7 @@ def choose_device(gpu: str | None) -> torch.device:
     """
     if gpu is None:
         gpu = "0" if torch.cuda.is_available() else "cpu"
-    if gpu == "cpu":
+    if gpu.lower() == "cpu":
         keep_freed_memory()
         return torch.device("cpu")
     ids = [part.strip() for part in gpu.split(",")]

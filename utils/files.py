@@ -30,7 +30,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error}. Free some disk space or choose another --experiments_dir; "
-            "what was saved before is intact, and the same command goes on from it"
+            "what was saved before is intact, and training goes on from it"
         ) from error
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -177,6 +178,12 @@ class Options:
         self._validate_rules()
         if self.continue_from_epoch not in ("latest", "from_scratch") and not self.continue_from_epoch.isdigit():
             raise UserError(f"--continue_from_epoch is {self.continue_from_epoch!r}: latest, from_scratch or a number")
+        for name in ("seed", "train_seed", "val_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be from 0 to 2**32 - 1")
+        for name in _RATES:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be a number from 0 up")
         if self.min_learning_rate > self.meta_learning_rate:
             raise UserError(
                 f"--min_learning_rate {self.min_learning_rate:g} is above --meta_learning_rate "
@@ -253,6 +260,10 @@ class Options:
         return self.test_batch_size or self.batch_size
 
 
+_RATES = (
+    *("init_inner_loop_learning_rate", "init_inner_loop_weight_decay", "context_params_learning_rate"),
+    *("meta_learning_rate", "min_learning_rate", "clamp_outer_gradients"),
+)
 _AT_LEAST_ONE = (
     *("image_height", "image_width", "num_classes_per_set", "num_samples_per_class", "num_target_samples"),
     *("batch_size", "test_batch_size", "tasks_per_pass", "num_dataprovider_workers"),
@@ -269,7 +280,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         names = [word.lstrip("-").split("=")[0] for word in rest if word.startswith("--")]
         fields = [field.name for field in dataclasses.fields(Options)]
         problems = [unknown_name(name, fields, "--") for name in names] or [f"'{rest[0]}' belongs to no option"]
-        raise UserError("; ".join(problems) + ". See --help for all options")
+        raise UserError("; ".join(problems) + " (--help lists all)")
     values = vars(given)
     file = values.get("name_of_args_json_file")
     from_file = read_json(Path(file)) if file not in (None, "None") else {}
@@ -291,10 +302,10 @@ def command_line_parser() -> argparse.ArgumentParser:
 def read_json(path: Path) -> dict[str, Any]:
     """The options in a JSON file; raises UserError naming the file and what is wrong with it."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the options file {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of option names and values")
@@ -355,7 +366,7 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
         return None
     try:
         converted = _boolean(value) if kind is bool else _number_or_text(kind, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
     if field.metadata["choices"]:
         converted = {_folded(choice): choice for choice in field.metadata["choices"]}.get(

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# ALFA from a random initialisation, 4-CONV, CUB 5-way 1-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
+# Published accuracy: none known.
+# All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
+# Time and memory: not measured on GPU.
+#   bash experiment_scripts/CUB_5way_1shot/ALFA_random_init_4conv.sh 0
+#   TEST=1 bash experiment_scripts/CUB_5way_1shot/ALFA_random_init_4conv.sh 0
+#   TEST=1 TEST_DATASET=mini_imagenet bash experiment_scripts/CUB_5way_1shot/ALFA_random_init_4conv.sh 0
+source "$(dirname "${BASH_SOURCE[0]}")/../run.sh"
+row=(
+  --dataset_name CUB --image_height 84 --image_width 84 --image_channels 3 --normalization unit
+  --num_classes_per_set 5 --num_samples_per_class 1 --num_target_samples 15 --batch_size 4
+  --backbone 4-CONV --cnn_num_filters 48 --num_stages 4 --max_pooling true
+  --batch_norm transductive --per_step_bn_statistics false --use_bias true
+  --inner_loop_part all --number_of_training_steps_per_iter 5 --number_of_evaluation_steps_per_iter 5
+  --init_inner_loop_learning_rate 0.01 --learnable_per_layer_per_step_inner_loop_learning_rate false
+  --alfa true --init_inner_loop_weight_decay 0.0005 --random_init true
+  --second_order true --first_order_to_second_order_epoch -1 --total_epochs 100 --total_iter_per_epoch 500
+  --use_multi_step_loss_optimization false
+  --meta_learning_rate 0.001 --min_learning_rate 0.001
+  --num_evaluation_tasks 600 --top_n_models 5 --seed 104 --train_seed 0 --val_seed 0
+)
+run_row "$@"

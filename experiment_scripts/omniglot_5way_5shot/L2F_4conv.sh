@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# L2F, 4-CONV, Omniglot 5-way 5-shot: Baik et al., CVPR 2020, arXiv 1906.05895.
+# Published accuracy: none known.
+# MAML++'s setting for Omniglot as remembered, not verified: 64 filters, meta-batch 8, as many queries as shots,
+#   150 epochs. The inner rate and the constant outer rate are those of this method's other rows.
+# Time and memory: not measured on GPU.
+#   python preprocess/preprocess.py --datasets omniglot
+#   bash experiment_scripts/omniglot_5way_5shot/L2F_4conv.sh 0
+#   TEST=1 bash experiment_scripts/omniglot_5way_5shot/L2F_4conv.sh 0
+#   TEST=1 TEST_DATASET=glyphs bash experiment_scripts/omniglot_5way_5shot/L2F_4conv.sh 0
+source "$(dirname "${BASH_SOURCE[0]}")/../run.sh"
+row=(
+  --dataset_name omniglot --image_height 28 --image_width 28 --image_channels 1 --normalization unit
+  --num_classes_per_set 5 --num_samples_per_class 5 --num_target_samples 5 --batch_size 8 --rotate_classes true
+  --backbone 4-CONV --cnn_num_filters 64 --num_stages 4 --max_pooling true
+  --batch_norm transductive --per_step_bn_statistics false --use_bias true
+  --inner_loop_part all --number_of_training_steps_per_iter 5 --number_of_evaluation_steps_per_iter 5
+  --init_inner_loop_learning_rate 0.01 --learnable_per_layer_per_step_inner_loop_learning_rate false
+  --attenuate true
+  --second_order true --first_order_to_second_order_epoch -1 --total_epochs 150 --total_iter_per_epoch 500
+  --use_multi_step_loss_optimization false
+  --meta_learning_rate 0.001 --min_learning_rate 0.001
+  --num_evaluation_tasks 600 --top_n_models 5 --seed 104 --train_seed 0 --val_seed 0
+)
+run_row "$@"
