@@ -307,8 +307,13 @@ MUST_STAY = {
     *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
     *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
 }
-# Options that say how to test.
-TEST_MAY_CHANGE = {"num_evaluation_tasks", "num_target_samples", "val_seed", "number_of_evaluation_steps_per_iter"}
+# Options that say how to test, or that matter to training alone.
+TEST_MAY_CHANGE = {
+    *("num_evaluation_tasks", "num_target_samples", "val_seed", "number_of_evaluation_steps_per_iter"),
+    *("total_iter_per_epoch", "batch_size", "seed", "train_seed", "rotate_classes", "clamp_outer_gradients"),
+    *("meta_learning_rate", "min_learning_rate", "lr_schedule", "second_order", "first_order_to_second_order_epoch"),
+    *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs"),
+}
 # Options that say where, how long or how a run computes, not what it computes.
 MAY_CHANGE = {
     *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),

@@ -342,8 +342,16 @@ def test_changed_options_are_named_when_going_on(
 
 
 def test_two_processes_train_as_one_does(finished: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Saving so often that the two disagree on when it is due, had they not to agree."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    output, _ = start(*launcher, "train_maml_system.py", *command(toy_data, tmp_path)).communicate(timeout=180)
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import experiment_builder, train_maml_system\n"
+        "experiment_builder.SAVE_EVERY_SECONDS = 0.02\n"
+        "train_maml_system.main(sys.argv[1:])\n"
+    )
+    output, _ = start(*launcher, str(entry), *command(toy_data, tmp_path)).communicate(timeout=180)
     assert (folder_of(tmp_path) / "logs" / "test_summary.json").exists(), output
     for name, tensor in final_weights(finished).items():
         torch.testing.assert_close(final_weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-5)
