@@ -27,7 +27,7 @@ from few_shot_learning_system import MAMLFewShotClassifier  # noqa: E402
 from tests.naive_reference import naive_loss  # noqa: E402
 from utils.devices import keep_freed_memory, peak_memory_gib  # noqa: E402
 
-WARM_UP, ITERATIONS = 2, 3  # in each process
+WARM_UP, ITERATIONS = 1, 3  # in each process
 BATCH_SIZES = {1: 4, 5: 2}  # shot -> meta-batch, as in the published recipe
 
 

@@ -79,6 +79,8 @@ def float32_tolerance(case: str, name: str) -> float:
     if quantity.startswith("outer_grad"):
         if quantity.endswith("gamma_generator.0.weight"):
             return 2e-2 if context_is_inert(case) or "msl" in case else 2e-3
+        if "alfa" in case and quantity.endswith("conv.bias"):
+            return 1e-3  # batch norm cancels these biases; what is left reaches the loss through ALFA's means alone
         usual = 1e-4 if context_is_inert(case) else 2e-2 if "msl" in case else 2e-3
         return 3e-2 if case == "l2f" else usual
     return 1e-5 if context_is_inert(case) else 3e-4
