@@ -301,11 +301,14 @@ class Experiment:
         return meta_test(self.model, self.options, kept, labels, dataset, state["normalization"], self.folder)
 
 
-# Options that decide which tasks an iteration or a validation sees, or how iterations are counted.
+# Options that decide what is computed, which tasks are seen, or how iterations are counted.
 MUST_STAY = {
     *("dataset_name", "image_height", "image_width", "image_channels", "normalization", "rotate_classes"),
     *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
     *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
+    *("inner_loop_part", "init_inner_loop_learning_rate", "context_params_learning_rate", "second_order"),
+    *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter", "use_multi_step_loss_optimization"),
+    *("enable_inner_loop_optimizable_bn_params", "batch_norm"),
 }
 # Options that say how to test, or that matter to training alone.
 TEST_MAY_CHANGE = {

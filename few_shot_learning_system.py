@@ -74,7 +74,7 @@ class InnerStep(NamedTuple):
 
 
 class MAMLFewShotClassifier(nn.Module):
-    """MAML and CxGrad on a 4-conv network, with the official programs' interface.
+    """MAML, CxGrad and the rest of the family, with the official programs' interface.
 
     Args:
         im_shape: (batch, C, H, W) of the images.
@@ -241,7 +241,7 @@ class MAMLFewShotClassifier(nn.Module):
         if current_iter is not None:
             self.iterations_done = current_iter
         self._set_learning_rate(int(epoch))
-        self.optimizer.zero_grad()
+        self.zero_grad()
         tasks = self._to_device(data_batch)
         total, losses, logits = len(tasks.x_support), [], []
         for chunk in self._passes(tasks):

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import train_maml_system
+from experiment_builder import MUST_STAY
 from few_shot_learning_system import MAMLFewShotClassifier
-from meta_test import meta_test
+from meta_test import Normalization, meta_test, open_dataset
 from preprocess.preprocess import ensure_builtin
 from utils import checkpoints
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.official_checkpoints import infer_options
 from utils.options import Options, read_json
+from utils.progress import tell
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,11 +53,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def trained_options(state: dict[str, Any], given: argparse.Namespace) -> Options:
-    """The options of training: those in the checkpoint, or what its weights tell, or those in --config."""
-    known = state.get("options") or infer_options(state["network"])
-    if given.config:
-        known |= read_json(given.config)
-    return Options.from_mapping(known, str(given.load[0]))
+    """The options of training: those in the checkpoint, or what its weights tell together with --config."""
+    if "options" in state:
+        return Options.from_mapping(state["options"], str(given.load[0]))
+    told = infer_options(state["network"])
+    config = read_json(given.config) if given.config else {}
+    if not config:
+        tell(
+            "warning: this checkpoint does not say how it was trained; assumed are the published recipe's shot, rate "
+            f"and steps, images of {told['image_height']} pixels scaled to [0, 1]. Name its JSON file with --config"
+        )
+    sides = {name: config[name] for name in ("image_height", "image_width") if name in config}
+    # What the weights prove wins over the file, which official programs do not follow in every key.
+    return Options.from_mapping({"dataset_name": "unknown"} | config | told | sides, str(given.load[0]))
+
+
+def trained_normalization(state: dict[str, Any], options: Options, given: argparse.Namespace) -> Normalization:
+    """As in the checkpoint; an official one was normalised by the statistics of its train split, if at all."""
+    if "options" in state or options.normalization == "unit":
+        return state.get("normalization")
+    options = dataclasses.replace(options, dataset_dir=given.dataset_dir)
+    split = open_dataset(options, options.dataset_name, "train")
+    return split.mean, split.std
+
+
+def check_alike(states: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
+    """Raise UserError if checkpoints of an ensemble adapt or normalise in different ways."""
+    for state, file in zip(states[1:], files[1:], strict=True):
+        first, other = (dict(st.get("options", {})) for st in (states[0], state))
+        differing = [n for n in first if first[n] != other.get(n) and n in MUST_STAY - {"train_seed", "batch_size"}]
+        if differing or state.get("normalization") != states[0].get("normalization"):
+            named = ", ".join(differing) or "normalization"
+            raise UserError(f"{file} was trained with other options than {files[0]} ({named}); test them one by one")
 
 
 def test_options(trained: Options, given: argparse.Namespace) -> Options:
@@ -89,9 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run(given)
         return
     device = choose_device(given.gpu)
-    state = checkpoints.load(given.load[0])
-    options = test_options(trained_options(state, given), given)
-    dataset = given.dataset or options.dataset_name
+    states = [checkpoints.load(path) for path in given.load]
+    check_alike(states, given.load)
+    trained = trained_options(states[0], given)
+    options = test_options(trained, given)
+    if (dataset := given.dataset or trained.dataset_name) == "unknown":
+        raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
     ensure_builtin(dataset, Path(options.dataset_dir))
     model = MAMLFewShotClassifier((1, *options.image_shape), device, options)
     file = given.load[0].resolve()
@@ -99,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = [file.name]
     if len(given.load) > 1:
         labels.append("ensemble of " + ", ".join(path.name for path in given.load))
-    meta_test(model, options, given.load, labels, dataset, state.get("normalization"), folder)
+    normalization = trained_normalization(states[0], trained, given)
+    meta_test(model, options, given.load, labels, dataset, normalization, folder)
 
 
 def dry_run(given: argparse.Namespace) -> None:

@@ -24,6 +24,8 @@ from utils.options import Options, parse_args
 from utils.progress import tell
 from utils.synthetic import write_dataset
 
+DRY_RUN_ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
@@ -60,7 +62,7 @@ def dry_run(options: Options, device: torch.device) -> None:
         distributed.barrier()
         run(dataclasses.replace(tiny, total_epochs=1), device)
         run(tiny, device)
-        run(dataclasses.replace(tiny, evaluate_on_test_set_only=True, test_dataset="elsewhere"), device)
+        run(dataclasses.replace(tiny, evaluate_on_test_set_only=True, test_dataset=DRY_RUN_ELSEWHERE), device)
         distributed.barrier()
     tell("dry run: trained, resumed, tested and cross-tested")
 
@@ -68,7 +70,7 @@ def dry_run(options: Options, device: torch.device) -> None:
 def write_images(tiny: Options) -> None:
     """Just enough made-up images for the tasks of a dry run, in two data sets."""
     images = tiny.num_samples_per_class + tiny.num_target_samples
-    for dataset in (tiny.dataset_name, "elsewhere"):
+    for dataset in (tiny.dataset_name, DRY_RUN_ELSEWHERE):
         write_dataset(Path(tiny.dataset_dir) / dataset, tiny.num_classes_per_set, images, (28, 28))
 
 
@@ -82,8 +84,8 @@ def shrink(options: Options, folder: Path) -> Options:
         continue_from_epoch="latest",
         evaluate_on_test_set_only=False,
         test_dataset=None,
-        image_height=32,
-        image_width=32,
+        image_height=32 if options.conv_padding else 64,
+        image_width=32 if options.conv_padding else 64,
         num_target_samples=1,
         batch_size=ranks * min(2, -(-options.batch_size // ranks)),
         cnn_num_filters=4,

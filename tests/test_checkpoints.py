@@ -1,5 +1,6 @@
 """Checkpoint files are whole, safe to read, and say what is wrong with them."""
 
+import json
 import os
 import pickle
 import signal
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import test as test_entry
+from few_shot_learning_system import MAMLFewShotClassifier
 from tests.golden_cxgrad import GOLDEN, Golden, load_cases
 from utils import checkpoints
 from utils.checkpoints import DamagedCheckpoint
@@ -97,9 +100,28 @@ def test_official_weights_tell_how_they_were_made(case: str, monkeypatch: pytest
     golden = Golden(case, load_cases()[case], "f32")
     found = infer_options({n[5:]: torch.from_numpy(a) for n, a in golden.arrays.items() if n.startswith("init/")})
     trained = golden.model().options
-    unknown = {"enable_inner_loop_optimizable_bn_params"} if case == "maml_inner_bn" else set()
-    for name in found.keys() - unknown - {"image_height", "image_width"}:
+    for name in found.keys() - {"image_height", "image_width"}:
         assert found[name] == getattr(trained, name), name
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")
+@pytest.mark.parametrize("case", [n for n in load_cases() if "eval" not in n] if GOLDEN.is_dir() else [])
+def test_official_checkpoints_with_their_json_file_score_as_recorded(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PIXELS_OF_MAP, 1, 20)
+    golden = Golden(case, load_cases()[case], "f32")
+    weights = {n[5:]: torch.from_numpy(a) for n, a in golden.arrays.items() if n.startswith("init/")}
+    torch.save({"network": weights, "best_val_acc": np.float64(0.5)}, tmp_path / "train_model_1")
+    config = json.loads((GOLDEN / "manifest.json").read_text())[case]["args"]  # which say use_bias: false in all cases
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = test_entry.parse(["--load", str(tmp_path / "train_model_1"), "--config", str(tmp_path / "config.json")])
+    options = test_entry.trained_options(checkpoints.load(given.load[0]), given)
+    model = MAMLFewShotClassifier((2, 3, 20, 20), "cpu", options)
+    model.load_checkpoint(given.load[0], weights_only=True)
+    _, logits = model.run_validation_iter(golden.batch(0))
+    recorded = golden.arrays["f64/eval/target_logits"]
+    np.testing.assert_allclose(torch.stack(logits), recorded, atol=3e-4 * np.abs(recorded).max(), rtol=0)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is not here")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import experiment_builder
+import meta_test
 import test as test_entry
 from data import Episodes, open_split
 from experiment_builder import Experiment, experiment_folder
@@ -328,6 +329,32 @@ def test_normalisation_and_seeds_reach_training_validation_and_test(toy_data: Pa
     ensemble = score((each[0][0] + each[1][0]) / 2, each[0][1])
     assert results[1]["loss"] == pytest.approx(ensemble.loss, rel=1e-6) != results[0]["loss"]
     assert {result["normalization"] for result in results} == {"channel"}
+
+    best = str(folder / "saved_models" / "best")
+    protocol = ["--dataset_dir", str(toy_data), "--episode", "5", "--query", "2", "--seed", "5", "--gpu", "cpu"]
+    test_entry.main(["--load", best, *protocol])
+    again = json.loads((folder / "logs" / "test_summary.json").read_text())
+    assert again[:2] == results and again[2]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+
+
+def test_only_training_turns_classes(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turned: dict[str, bool] = {}
+
+    class Watched(Episodes):
+        def __init__(self, split: Any, *arguments: Any, **options: Any) -> None:
+            super().__init__(split, *arguments, **options)
+            turned[split.split] = options["rotate_classes"]
+
+    monkeypatch.setattr(meta_test, "Episodes", Watched)
+    main(command(toy_data, tmp_path, "--rotate_classes", "true", "--total_epochs", "1"))
+    assert turned == {"train": True, "val": False, "test": False}
+
+
+def test_an_ensemble_of_unlike_models_is_refused(finished: Path, toy_data: Path, tmp_path: Path) -> None:
+    main(command(toy_data, tmp_path, "--init_inner_loop_learning_rate", "0.2", "--total_epochs", "1"))
+    files = [str(folder_of(results) / "saved_models" / "best") for results in (finished, tmp_path)]
+    with pytest.raises(UserError, match=r"with other options than .*init_inner_loop_learning_rate"):
+        test_entry.main(["--load", *files, "--dataset_dir", str(toy_data), "--gpu", "cpu"])
 
 
 def test_changed_options_are_named_when_going_on(

@@ -51,8 +51,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 @contextmanager
 def only_process(folder: Path, purpose: str) -> Iterator[None]:
     """Hold a lock on `folder`, which the system frees when the process ends; UserError if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --experiments_dir") from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -53,7 +53,8 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     side = round((linear.shape[1] / filters) ** 0.5)
     if side not in PIXELS_OF_MAP:
         raise UserError(f"the size of the images cannot be told from a last map of {side}x{side}; say it with --config")
-    norm = given["classifier.layer_dict.conv0.norm_layer.running_mean"]
+    layer = "classifier.layer_dict.conv0.norm_layer"
+    norm = given.get(f"{layer}.running_mean", given[f"{layer}.weight"])
     found: dict[str, Any] = {
         "num_classes_per_set": len(linear),
         "image_channels": first.shape[1],
@@ -63,7 +64,6 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_stages": stages,
         "use_bias": "classifier.layer_dict.conv0.conv.bias" in given,
         "per_step_bn_statistics": norm.dim() == 2,
-        "enable_inner_loop_optimizable_bn_params": any("norm_layer" in n for n in given if n.startswith("inner_loop")),
         "contextual_grad": "gamma_generator.0.weight" in given,
         "learnable_per_layer_per_step_inner_loop_learning_rate": any("names_learning_rates" in n for n in given),
         "alfa": "regularizer.0.weight" in given,

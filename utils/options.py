@@ -69,7 +69,7 @@ class Options:
     num_stages: int = opt(4, "convolution blocks")
     conv_padding: bool = opt(True, "pad convolutions by one pixel")
     max_pooling: bool = opt(True, "2x2 max-pooling; off: convolutions of stride 2 and a global average pool")
-    use_bias: bool | None = opt(None, "4-CONV: biases in the convolutions; default: on with ALFA and L2F, else off")
+    use_bias: bool | None = opt(None, "4-CONV: biases in the convolutions; default: as official, on with ALFA and L2F")
     norm_layer: str = opt("batch_norm", "normalisation after each convolution", ("batch_norm",))
     batch_norm: str = opt(
         "transductive",
@@ -167,11 +167,11 @@ class Options:
                 f"{self.max_models_to_save} keeps; raise the latter or lower the former"
             )
         if self.number_of_evaluation_steps_per_iter > self.number_of_training_steps_per_iter and (
-            self.per_step_bn_statistics or self.learnable_per_layer_per_step_inner_loop_learning_rate
+            self.per_step_bn_statistics or self.learnable_per_layer_per_step_inner_loop_learning_rate or self.alfa
         ):
             raise UserError(
-                "--per_step_bn_statistics and --learnable_per_layer_per_step_inner_loop_learning_rate learn one value "
-                f"per training step ({self.number_of_training_steps_per_iter}), so "
+                "--per_step_bn_statistics, --learnable_per_layer_per_step_inner_loop_learning_rate and --alfa learn "
+                f"one value per training step ({self.number_of_training_steps_per_iter}), so "
                 f"--number_of_evaluation_steps_per_iter {self.number_of_evaluation_steps_per_iter} has none for the "
                 "extra steps; use at most as many steps in evaluation"
             )
@@ -213,6 +213,15 @@ class Options:
                 "undoes what --attenuate (L2F) did to it",
             ),
             (
+                self.contextual_grad and self.alfa and bool(self.use_bias),
+                "--contextual_grad gives every tensor of the body a norm, also biases, which batch norm cancels and "
+                "which hold rounding noise only; --alfa would generate its rates from that. Use --use_bias false",
+            ),
+            (
+                self.random_init and head,
+                "--random_init leaves the body untrained and --inner_loop_part head (ANIL) never moves it",
+            ),
+            (
                 self.random_init and body,
                 "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it",
             ),
@@ -244,7 +253,8 @@ class Options:
 
     @property
     def has_conv_bias(self) -> bool:
-        return (self.alfa or self.attenuate) if self.use_bias is None else self.use_bias
+        official = (self.alfa or self.attenuate) and not self.contextual_grad
+        return official if self.use_bias is None else self.use_bias
 
     @property
     def resnet_width_list(self) -> list[int]:
