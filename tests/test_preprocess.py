@@ -295,7 +295,11 @@ def write_one_image(folder: Path) -> staging.Contents:
 def half_built(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the middle of building tmp_path/glyphs."""
     command = [sys.executable, "preprocess/preprocess.py", "--datasets", "glyphs", "--dataset_dir", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT) as process:
+
+    def hear_ctrl_c() -> None:  # a shell's background jobs, and what they start, are deaf to it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c) as process:
         while not list(tmp_path.glob(".glyphs.partial-*/train/*/20.png")):
             assert process.poll() is None
             time.sleep(0.01)
