@@ -106,6 +106,7 @@ class Experiment:
                     tell(f"stopped and saved at iteration {done + 1}; {self._how_to_go_on()}")
                     raise Stopped(agreed)
             if stop:  # asked for while the last iteration's state was being saved
+                tell(f"stopped and saved at iteration {end}; {self._how_to_go_on()}")
                 raise Stopped(stop[0])
 
     def _how_to_go_on(self) -> str:
@@ -163,7 +164,7 @@ class Experiment:
         self._print_epoch(row)
 
     def _print_epoch(self, row: Mapping[str, float]) -> None:
-        best = self.history[int(self.ranking()[0]) - 1]
+        best = self.history[self.ranking()[0] - 1]
         tell(
             f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
             f"{row['train_accuracy']:.1%}  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%} "
@@ -303,7 +304,7 @@ class Experiment:
 
 # Options that decide what is computed, which tasks are seen, or how iterations are counted.
 MUST_STAY = {
-    *("dataset_name", "image_height", "image_width", "image_channels", "normalization", "rotate_classes"),
+    *("image_height", "image_width", "image_channels", "normalization", "rotate_classes"),
     *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
     *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
     *("inner_loop_part", "init_inner_loop_learning_rate", "context_params_learning_rate", "second_order"),
@@ -317,8 +318,10 @@ TEST_MAY_CHANGE = {
     *("meta_learning_rate", "min_learning_rate", "lr_schedule", "second_order", "first_order_to_second_order_epoch"),
     *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs"),
 }
-# Options that say where, how long or how a run computes, not what it computes.
+# Options that say where, how long or how a run computes, not what it computes. A run's folder is named after its data
+# set, so dataset_name can differ in spelling only.
 MAY_CHANGE = {
+    "dataset_name",
     *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),
     *("total_epochs", "max_models_to_save", "top_n_models", "tasks_per_pass", "test_batch_size"),
     *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),

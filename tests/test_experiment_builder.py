@@ -350,6 +350,27 @@ def test_only_training_turns_classes(toy_data: Path, tmp_path: Path, monkeypatch
     assert turned == {"train": True, "val": False, "test": False}
 
 
+def test_another_spelling_of_the_data_set_goes_on_with_the_same_run(
+    finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(toy_data, finished, "--dataset_name", "TOY"))
+    output = capsys.readouterr().out
+    assert "3 epochs, 12 iterations done" in output and "warning" not in output
+
+
+def test_a_task_that_uses_an_image_twice_is_not_scored(toy_data: Path) -> None:
+    class Repeating(Episodes):
+        def indices(self, task: int) -> np.ndarray:
+            rows = super().indices(task)
+            rows[0, -1] = rows[0, 0]
+            return rows
+
+    split = open_split(toy_data, "toy", "test", (3, 8, 8))
+    meta_test.check_disjoint(Episodes(split, 2, 1, 2, 0, None, None, torch.device("cpu")), 5)
+    with pytest.raises(RuntimeError, match="task 0 of toy uses an image twice"):
+        meta_test.check_disjoint(Repeating(split, 2, 1, 2, 0, None, None, torch.device("cpu")), 5)
+
+
 def test_an_ensemble_of_unlike_models_is_refused(finished: Path, toy_data: Path, tmp_path: Path) -> None:
     main(command(toy_data, tmp_path, "--init_inner_loop_learning_rate", "0.2", "--total_epochs", "1"))
     files = [str(folder_of(results) / "saved_models" / "best") for results in (finished, tmp_path)]
