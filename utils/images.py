@@ -128,7 +128,7 @@ def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) 
         yield from (_decode(listing.root, shape, piece) for piece in pieces)
         return
     # fork, as torch's DataLoader does: nothing is imported again, and workers touch neither torch nor CUDA
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield from _in_order(pool, listing.root, shape, pieces, ahead=3 * workers)
     finally:
@@ -176,7 +176,9 @@ def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """Have Linux kill this worker when its parent is killed; it would otherwise wait for work for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # killed before the line above, which then asks for nothing
+            os._exit(1)
