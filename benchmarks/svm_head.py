@@ -1,0 +1,198 @@
+"""Milliseconds of SVM-CS, forward and backward, by our solver and by qpth, and how far each is from the solution.
+
+python benchmarks/svm_head.py                       8 tasks, 5-way 1-, 5- and 15-shot, 640 and 2560 dimensions
+python benchmarks/svm_head.py --device cuda
+
+Prints one table and writes it to benchmarks/results/. The solvers take turns, round by round, so that the ratio holds
+on a machine whose speed drifts; a figure is the median of its rounds. Embeddings are float32 and made up:
+  apart     random class means of size 1, noise of size 0.5: many dual variables on their bounds
+  mixed     means 0.3, noise 1: classes that overlap
+  positive  means 0.3, noise 0.6, a component common to all, negative values cut off: as after a network's last ReLU
+Errors are relative to the largest entry of the exact logits, or of the exact gradient with respect to the support.
+Exact is a dense float64 solution of the optimality conditions of all n * way variables for a given active set, accepted
+only if it satisfies the rest of them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.iteration import machine  # noqa: E402
+from classification_heads import ClassificationHead, one_hot_of_ranks  # noqa: E402
+from qp_solvers import solve_crammer_singer  # noqa: E402
+from utils.devices import keep_freed_memory  # noqa: E402
+
+TASKS, WAY, QUERY, C = 8, 5, 6, 0.1  # as in MetaOptNet's training; queries per class
+KINDS = {"apart": (1.0, 0.5), "mixed": (0.3, 1.0), "positive": (0.3, 0.6)}  # size of class means, of noise
+SOLVERS: dict[str, dict[str, Any]] = {
+    "structured": {"solver": "structured"},
+    "qpth32": {"solver": "qpth"},
+    "qpth64": {"solver": "qpth", "double_precision": True},
+}
+
+
+class Data(NamedTuple):
+    """A batch of episodes, and the fixed weights of loss = sum(logits * weight)."""
+
+    query: Tensor
+    support: Tensor
+    labels: Tensor
+    weight: Tensor
+
+
+def episodes(kind: str, shot: int, dim: int, device: str) -> Data:
+    generator = torch.Generator().manual_seed(shot * dim)
+    mean, noise = KINDS[kind]
+    means = mean * torch.randn(TASKS, WAY, dim, generator=generator)
+    common = torch.randn(dim, generator=generator).abs() if kind == "positive" else torch.zeros(dim)
+
+    def images(labels: Tensor) -> Tensor:
+        points = means.gather(1, labels.unsqueeze(2).expand(-1, -1, dim)) + common
+        points = points + noise * torch.randn(points.shape, generator=generator)
+        return points.relu() if kind == "positive" else points
+
+    labels = torch.stack([torch.randperm(WAY * shot, generator=generator) % WAY for _ in range(TASKS)])
+    query, support = images(torch.arange(WAY).repeat(TASKS, QUERY)), images(labels)
+    weight = torch.randn(TASKS, WAY * QUERY, WAY, generator=generator)
+    return Data(*(t.to(device) for t in (query, support, labels, weight)))
+
+
+def run(data: Data, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Logits, gradient of the support, and milliseconds."""
+    query, support = (t.clone().requires_grad_() for t in (data.query, data.support))
+    head = ClassificationHead("SVM-CS").to(query.device)
+    synchronise(query)
+    start = time.perf_counter()
+    logits = head(query, support, data.labels, WAY, support.shape[1] // WAY, C_reg=C, **options)
+    (logits * data.weight).sum().backward()
+    synchronise(query)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    assert support.grad is not None
+    return logits.detach(), support.grad, milliseconds
+
+
+def synchronise(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def exact(data: Data) -> tuple[Tensor, Tensor]:
+    """Logits and support gradient of the exact solution, in float64."""
+    wide = [t.double().cpu() for t in (data.query, data.support, data.weight)]
+    one_hot = one_hot_of_ranks(data.labels.cpu(), WAY)
+    kernel = wide[1] @ wide[1].mT
+    guess = solve_crammer_singer(kernel, one_hot, C).dual
+    found = [dense(*parts) for parts in zip(*wide, kernel, one_hot, guess, strict=True)]
+    return torch.stack([logits for logits, _ in found]), torch.stack([gradient for _, gradient in found])
+
+
+def dense(
+    query: Tensor, support: Tensor, weight: Tensor, kernel: Tensor, one_hot: Tensor, guess: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One task by a dense system of all n * way variables and n row sums; `guess` gives the active set only."""
+    n = len(kernel)
+    upper = (C * one_hot).flatten()
+    free = (guess.flatten() - upper).abs() > 1e-13
+    hessian = torch.kron(kernel + torch.eye(n, dtype=kernel.dtype), torch.eye(WAY, dtype=kernel.dtype))
+    sums = torch.kron(torch.eye(n, dtype=kernel.dtype), torch.ones(1, WAY, dtype=kernel.dtype))
+
+    def solve(right: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+        corner = torch.zeros(n, n, dtype=kernel.dtype)
+        system = torch.cat(
+            [torch.cat([hessian[free][:, free], sums[:, free].T], 1), torch.cat([sums[:, free], corner], 1)]
+        )
+        found = torch.linalg.solve(system, torch.cat([right[free], totals]))
+        x = torch.zeros_like(upper)
+        x[free] = found[: int(free.sum())]
+        return x, found[int(free.sum()) :]
+
+    held = upper.where(~free, 0)
+    moved, nu = solve(one_hot.flatten() - hessian @ held, -sums @ held)
+    dual = held + moved
+    multipliers = one_hot.flatten() - hessian @ dual - nu @ sums
+    if bool((dual > upper + 1e-11).any() or (multipliers[~free] < -1e-9).any()):
+        raise SystemExit("the reference violates the optimality conditions: no exact solution to compare with")
+    dual = dual.view(n, WAY)
+    towards = support @ query.T @ weight  # gradient with respect to the dual
+    v = solve(towards.flatten(), torch.zeros(n, dtype=kernel.dtype))[0].view(n, WAY)
+    by_kernel = -(v @ dual.T + dual @ v.T) @ support
+    return query @ support.T @ dual, by_kernel + dual @ weight.T @ query
+
+
+def measure(kind: str, shot: int, dim: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table: the solvers in turns."""
+    data = episodes(kind, shot, dim, options.device)
+    logits, gradient = exact(data)
+    row: dict[str, Any] = {"kind": kind, "shot": shot, "dim": dim}
+    times: dict[str, list[float]] = {name: [] for name in SOLVERS}
+    for name, settings in SOLVERS.items():  # also the warm-up
+        ours, ours_gradient, _ = run(data, settings)
+        row[f"{name}_logits_error"] = relative_error(ours, logits)
+        row[f"{name}_gradient_error"] = relative_error(ours_gradient, gradient)
+    for _ in range(options.rounds):
+        for name, settings in SOLVERS.items():
+            times[name].append(run(data, settings)[2])
+    for name, found in times.items():
+        row[f"{name}_ms"] = round(statistics.median(found), 3)
+    for name in ("qpth32", "qpth64"):
+        ratios = [slow / fast for slow, fast in zip(times[name], times["structured"], strict=True)]
+        row[f"{name}_over_structured"] = round(statistics.median(ratios), 1)
+    return row
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double().cpu() - expected).abs().max() / expected.abs().max())
+
+
+def line(row: dict[str, Any], show: Callable[[float], str] = "{:.0e}".format) -> str:
+    errors = [f"{show(row[f'{n}_logits_error'])} {show(row[f'{n}_gradient_error'])}" for n in SOLVERS]
+    return (
+        f"{row['kind']:8} {row['shot']:4} {row['dim']:5} {row['structured_ms']:10.2f} {row['qpth32_ms']:8.1f} "
+        f"{row['qpth64_ms']:8.1f} {row['qpth32_over_structured']:6.1f} {row['qpth64_over_structured']:6.1f}   "
+        + "   ".join(errors)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 15])
+    parser.add_argument("--dims", type=int, nargs="+", default=[640, 2560])
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()  # for all solvers, as in training
+
+    where = machine(options.device)
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    print(f"SVM-CS, {TASKS} tasks, {WAY}-way, {QUERY} queries per class, {options.threads} threads, forward + backward")
+    print("                          ms                   qpth / ours    errors of logits and support gradient")
+    print("embed.   shot   dim structured   qpth32   qpth64   f32    f64    structured      qpth32          qpth64")
+    rows = []
+    for dim in options.dims:
+        for shot in options.shots:
+            for kind in KINDS:
+                rows.append(row := measure(kind, shot, dim, options))
+                print(line(row), flush=True)
+    kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
+    file = ROOT / "benchmarks" / "results" / f"svm_head_{kind}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"machine": where, "settings": vars(options), "rows": rows}, indent=2) + "\n")
+    print(f"written to {file.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

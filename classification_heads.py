@@ -1,0 +1,311 @@
+"""Base learners that MetaOptNet fits on the embeddings of one episode: closed-form and convex, differentiable through.
+
+Every head is a function of an `Episode`, the embeddings with a leading task dimension, and its own options. Kernels and
+all that is solved with them are float64, whatever the embeddings' type.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qp_solvers import solve_box, solve_crammer_singer, solve_crammer_singer_qpth
+from utils.errors import UserError
+
+
+class Scores(NamedTuple):
+    """Logits of a batch of episodes, and how well the problem behind them was solved."""
+
+    logits: Tensor  # (tasks, n_query, n_way)
+    residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.QPSolution); 0 for closed forms
+
+
+class ClassificationHead(nn.Module):
+    """One of `HEADS`, its logits multiplied by a learned scale.
+
+    Args:
+        base_learner: ProtoNet, Ridge, R2D2, SVM-CS (or SVM), SVM-He or SVM-WW.
+        enable_scale: without it the scale stays 1; it is in the state dict all the same.
+    """
+
+    def __init__(self, base_learner: str = "SVM-CS", enable_scale: bool = True) -> None:
+        super().__init__()
+        base_learner = "SVM-CS" if base_learner == "SVM" else base_learner
+        if base_learner not in HEADS:
+            raise UserError(f"there is no head {base_learner!r}: choose one of {', '.join(HEADS)}.")
+        self.base_learner = base_learner
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=enable_scale)
+
+    def forward(
+        self, query: Tensor, support: Tensor, support_labels: Tensor, n_way: int, n_shot: int, **options: Any
+    ) -> Tensor:
+        """The logits of `solve_and_score`."""
+        return self.solve_and_score(query, support, support_labels, n_way, n_shot, **options).logits
+
+    def solve_and_score(
+        self, query: Tensor, support: Tensor, support_labels: Tensor, n_way: int, n_shot: int, **options: Any
+    ) -> Scores:
+        """Logits (tasks, n_query, n_way) in the embeddings' type (float32 for half types), and the residual.
+
+        Args:
+            query: (tasks, n_query, d), of any float type.
+            support: (tasks, n_support, d), in any order.
+            support_labels: (tasks, n_support); column k is the task's k-th smallest class id.
+            n_shot: support points per class; not needed, and classes may differ in it.
+            options: `solver` (structured or qpth), `max_iter` and `double_precision` (of qpth), `C_reg`, `lambda_reg`,
+                `normalize` (ProtoNet); None is the head's default. One that does not concern this head is ignored.
+
+        Raises:
+            UserError: shapes that do not fit, an unknown option, or (where looking costs nothing: on the CPU) a task
+                whose support does not have n_way classes.
+        """
+        _check_shapes(query, support, support_labels)
+        learner = HEADS[self.base_learner]
+        with torch.autocast(query.device.type, enabled=False):
+            episode = episode_of(query, support, one_hot_of_ranks(support_labels, n_way))
+            scores = learner(episode, **_options_of(learner, options))
+            dtype = torch.promote_types(torch.promote_types(query.dtype, support.dtype), torch.float32)
+            return scores._replace(logits=scores.logits.to(dtype) * self.scale)
+
+
+def _check_shapes(query: Tensor, support: Tensor, labels: Tensor) -> None:
+    fits = query.dim() == support.dim() == 3 and query.shape[::2] == support.shape[::2]
+    if not fits or labels.shape != support.shape[:2]:
+        raise UserError(
+            f"query {tuple(query.shape)}, support {tuple(support.shape)} and support_labels {tuple(labels.shape)} do "
+            "not fit together: they must be (tasks, n_query, d), (tasks, n_support, d) and (tasks, n_support)."
+        )
+    if not (query.is_floating_point() and support.is_floating_point()):
+        raise UserError(f"embeddings must be of a float type, not {query.dtype} and {support.dtype}.")
+
+
+def _options_of(learner: Callable[..., Scores], options: dict[str, Any]) -> dict[str, Any]:
+    """The given options that `learner` takes."""
+    known = {name for head in HEADS.values() for name in _option_names(head)}
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
+        raise UserError(f"no head has an option {name!r}: {hint}")
+    return {n: options[n] for n in _option_names(learner) if options.get(n) is not None}
+
+
+@functools.cache
+def _option_names(learner: Callable[..., Scores]) -> list[str]:
+    return list(inspect.signature(learner).parameters)[1:]  # after the episode
+
+
+def one_hot_of_ranks(labels: Tensor, way: int) -> Tensor:
+    """Class ids (tasks, n), any integers -> (tasks, n, way) float64; the k-th smallest id of a task is column k."""
+    ordered, order = labels.sort(1)
+    steps = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).to(ordered.dtype)], 1)
+    ranks = torch.zeros_like(labels).scatter(1, order, steps.cumsum(1))
+    if labels.device.type == "cpu" and bool((ranks.amax(1) != way - 1).any()):
+        found = sorted(set((ranks.amax(1) + 1).tolist()))
+        raise UserError(f"n_way is {way}, but the support of a task has {found} classes: pass the labels' own number.")
+    return (ranks.unsqueeze(2) == torch.arange(way, device=labels.device)).double()
+
+
+# --- embeddings ----------------------------------------------------------------------------------------------------
+
+
+class Episode(NamedTuple):
+    """Embeddings of a batch of tasks, and the classes of the support."""
+
+    query: Tensor  # (tasks, n_query, d)
+    support: Tensor  # (tasks, n, d)
+    one_hot: Tensor  # (tasks, n, way), float64
+
+    def double(self) -> "Episode":
+        return Episode(self.query.double(), self.support.double(), self.one_hot)
+
+    def kernel(self) -> Tensor:
+        """Inner products of the support embeddings, (tasks, n, n) float64."""
+        return _Kernel.apply(self.support)
+
+    def decide(self, coefficients: Tensor) -> Tensor:
+        """Logits K(query, support) coefficients, (tasks, n_query, way), by way of the classes' weights X' coefficients.
+
+        That is (n_query + n) * d * way products, not n_query * n * d.
+        """
+        return _Products.apply(self.query, _Weights.apply(coefficients, self.support))
+
+
+class _Products(torch.autograd.Function):
+    """A B', each gradient formed in its own layout: with few rows in B, torch's own way takes five times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left @ right.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return gradient @ right, gradient.mT @ left
+
+
+class _Kernel(torch.autograd.Function):
+    """X X', where float32 products see only what is left of X without its mean over the support.
+
+    Embeddings of a real, all-positive network share one large component: one eigenvalue of their kernel is hundreds of
+    times the rest, and products of float32 embeddings as they are would cost two digits of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, support: Tensor) -> Tensor:
+        ctx.save_for_backward(support)
+        rest, centre = _without_mean(support)
+        shift = (rest @ centre.mT).double() + centre.double().square().sum(2, keepdim=True) / 2
+        return (rest @ rest.mT).double() + (shift + shift.mT)  # (tasks, n, n) + (tasks, n, 1) + (tasks, 1, n)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (support,) = ctx.saved_tensors
+        return (gradient + gradient.mT).to(support.dtype) @ support
+
+
+class _Weights(torch.autograd.Function):
+    """A' X; the gradient of A is formed like `_Kernel`, for the same reason."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, support: Tensor) -> Tensor:
+        coefficients = coefficients.to(support.dtype)
+        ctx.save_for_backward(coefficients, support)
+        return coefficients.mT @ support
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients, support = ctx.saved_tensors
+        rest, centre = _without_mean(support)
+        shift = centre.double() @ gradient.double().mT  # (tasks, 1, way)
+        return (rest @ gradient.mT).double() + shift, coefficients @ gradient
+
+
+def _without_mean(support: Tensor) -> tuple[Tensor, Tensor]:
+    centre = support.mean(1, keepdim=True)
+    return support - centre, centre
+
+
+def episode_of(query: Tensor, support: Tensor, one_hot: Tensor) -> Episode:
+    """The episode in float32 or, for float64 embeddings and on devices where float32 may mean TF32, in float64."""
+    wide = torch.float64 in (query.dtype, support.dtype) or query.device.type != "cpu"
+    dtype = torch.float64 if wide else torch.float32
+    return Episode(query.to(dtype), support.to(dtype), one_hot)
+
+
+# --- closed forms --------------------------------------------------------------------------------------------------
+
+
+def proto_net(episode: Episode, normalize: bool = True) -> Scores:
+    """Minus the squared distance to each class's mean (Snell et al. 2017), divided by d if `normalize`."""
+    query, support, one_hot = episode.double()
+    means = one_hot.mT @ support / one_hot.sum(1).unsqueeze(2)  # (tasks, way, d)
+    distances = _squares(query) - 2 * query @ means.mT + _squares(means).mT
+    return Scores(-distances / (query.shape[2] if normalize else 1), _exact(distances))
+
+
+def _squares(points: Tensor) -> Tensor:
+    return points.square().sum(2, keepdim=True)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.new_zeros(len(logits))
+
+
+def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
+    """Ridge regression on the one-hot labels (Bertinetto et al. 2019): query X'(X X' + lambda I)^-1 Y."""
+    episode = episode.double()  # float32 products would do for lambda = 50, not for 1
+    kernel = episode.kernel()
+    eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    dual = torch.cholesky_solve(episode.one_hot, torch.linalg.cholesky_ex(kernel + lambda_reg * eye).L)
+    return Scores(episode.decide(dual), _exact(dual))
+
+
+def ridge(episode: Episode, lambda_reg: float = 50.0) -> Scores:
+    """MetaOptNet's ridge head. Its QP has a linear term of -2 Y, so the logits are twice those of R2D2."""
+    scores = r2d2(episode, lambda_reg)
+    return scores._replace(logits=2 * scores.logits)
+
+
+# --- support vector machines ---------------------------------------------------------------------------------------
+
+
+def svm_cs(
+    episode: Episode,
+    C_reg: float = 0.1,
+    solver: str = "structured",
+    max_iter: int | None = None,
+    double_precision: bool = False,
+) -> Scores:
+    """Multi-class SVM of Crammer and Singer 2001, MetaOptNet's main head."""
+    if solver == "qpth":
+        solution = solve_crammer_singer_qpth(episode.kernel(), episode.one_hot, C_reg, max_iter or 15, double_precision)
+    else:
+        _require_structured(solver, max_iter)
+        solution = solve_crammer_singer(episode.kernel(), episode.one_hot, C_reg)
+    return Scores(episode.decide(solution.dual), solution.residual)
+
+
+def _require_structured(solver: str, max_iter: int | None = None) -> None:
+    if solver != "structured":
+        raise UserError(
+            f"there is no solver {solver!r} for this head: SVM-CS has structured and qpth, others structured."
+        )
+    if max_iter is not None:
+        raise UserError(
+            "max_iter stops qpth early; the structured solver always goes to the solution. "
+            "Leave --svm_max_iter out, or choose --svm_solver qpth."
+        )
+
+
+def svm_he(episode: Episode, C_reg: float = 0.01, solver: str = "structured") -> Scores:
+    """Multi-class SVM of He et al. 2012 with one variable per support point.
+
+    Codes V_i = (way y_i - 1) / (way - 1); minimise 1/2 a'(K o V V')a - sum a over 0 <= a <= C. A class's logit sums
+    a_i K(query, i) over its own support points.
+    """
+    _require_structured(solver)
+    episode = episode.double()
+    one_hot = episode.one_hot
+    way = one_hot.shape[2]
+    codes = (way * one_hot - 1) / (way - 1)
+    ones = torch.ones_like(one_hot[:, :, 0])
+    solution = solve_box(episode.kernel() * (codes @ codes.mT), ones, C_reg * ones)
+    return Scores(episode.decide(solution.dual.unsqueeze(2) * one_hot), solution.residual)
+
+
+def svm_ww(episode: Episode, C_reg: float = 1e-5, solver: str = "structured") -> Scores:
+    """Multi-class SVM of Weston and Watkins 1999, with a bias in the kernel (K + 1).
+
+    Point i pushes class m != y_i away by a[i, m] in [0, C] and attracts its own class by their sum, so that the
+    coefficients of the classes are B = y o (a 1) - a; minimise 1/2 tr(B'(K + 1)B) - 2 sum a.
+    """
+    _require_structured(solver)
+    episode = episode.double()
+    one_hot = episode.one_hot
+    tasks, n, way = one_hot.shape
+    own = one_hot.mT  # (tasks, way, n)
+    eye = torch.eye(way, dtype=own.dtype, device=own.device)[:, None, :, None]
+    same = (one_hot @ own)[:, None, :, None, :]
+    # (tasks, m, i, p, j): how a[i, m] meets a[j, p] in B'B; variables are class-major, m * n + i
+    meeting = same - one_hot[:, None, :, :, None] - own[:, :, None, None, :] + eye
+    kernel = episode.kernel() + 1
+    hessian = (meeting * kernel[:, None, :, None, :]).reshape(tasks, way * n, way * n)
+    solution = solve_box(hessian, torch.full_like(hessian[:, 0], 2.0), C_reg * (1 - own).flatten(1))
+    dual = solution.dual.view(tasks, way, n).mT
+    coefficients = one_hot * dual.sum(2, keepdim=True) - dual  # (tasks, n, way)
+    return Scores(episode.decide(coefficients) + coefficients.sum(1, keepdim=True), solution.residual)
+
+
+HEADS: dict[str, Callable[..., Scores]] = {
+    "ProtoNet": proto_net,
+    "Ridge": ridge,
+    "R2D2": r2d2,
+    "SVM-CS": svm_cs,
+    "SVM-He": svm_he,
+    "SVM-WW": svm_ww,
+}

@@ -1,0 +1,247 @@
+"""The structured solver against independent ones, in hard cases, and its gradients."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qp_solvers import (
+    Problem,
+    QPSolution,
+    crammer_singer,
+    kkt_residual,
+    solve_box,
+    solve_crammer_singer,
+    solve_crammer_singer_qpth,
+)
+from utils.errors import UserError
+
+DOUBLE = torch.float64
+
+
+def problem(
+    seed: int, way: int = 3, shots: int = 3, dim: int = 5, noise: float = 1.0, common: float = 0.0, tasks: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Kernel and one-hot labels of random supports; `common` is added to every coordinate."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(way).repeat(shots)
+    centres = torch.randn(tasks, way, dim, generator=generator, dtype=DOUBLE)
+    spread = torch.randn(tasks, way * shots, dim, generator=generator, dtype=DOUBLE)
+    support = centres[:, labels] + noise * spread + common
+    return support @ support.mT, torch.nn.functional.one_hot(labels, way).double().expand(tasks, -1, -1)
+
+
+def by_clarabel(hessian: np.ndarray, linear: np.ndarray, rows: list[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Minimise 1/2 x'Hx - linear'x under rows (kind, matrix, right side) of equalities and of <=."""
+    clarabel = pytest.importorskip("clarabel")
+    sparse = pytest.importorskip("scipy.sparse")
+    options = clarabel.DefaultSettings()
+    options.verbose = False
+    options.tol_gap_abs = options.tol_gap_rel = options.tol_feas = 1e-12
+    cones = [{"=": clarabel.ZeroConeT, "<": clarabel.NonnegativeConeT}[kind](len(right)) for kind, _, right in rows]
+    matrix, right = np.concatenate([m for _, m, _ in rows]), np.concatenate([r for _, _, r in rows])
+    upper = sparse.csc_matrix(np.triu(hessian))
+    solver = clarabel.DefaultSolver(upper, -linear, sparse.csc_matrix(matrix), right, cones, options)
+    return np.array(solver.solve().x)
+
+
+def crammer_singer_by_clarabel(kernel: Tensor, one_hot: Tensor, c: float) -> np.ndarray:
+    n, way = one_hot.shape
+    hessian = np.kron(kernel.numpy() + np.eye(n), np.eye(way))
+    target = one_hot.numpy().ravel().astype(float)
+    sums = np.kron(np.eye(n), np.ones((1, way)))
+    rows = [("=", sums, np.zeros(n)), ("<", np.eye(n * way), c * target)]
+    return by_clarabel(hessian, target, rows).reshape(n, way)
+
+
+def objective(kernel: Tensor, one_hot: Tensor, dual: np.ndarray) -> float:
+    return float(0.5 * np.sum(dual * ((kernel.numpy() + np.eye(len(dual))) @ dual)) - np.sum(dual * one_hot.numpy()))
+
+
+# --- Crammer-Singer ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    way=st.integers(2, 6),
+    shots=st.integers(1, 4),
+    dim=st.sampled_from([1, 2, 4, 20]),
+    noise=st.sampled_from([0.0, 0.01, 1.0, 5.0]),  # 0: every support point of a class is the same
+    common=st.sampled_from([0.0, 1.0, 50.0]),
+    c=st.sampled_from([1e-3, 0.1, 10.0]),
+    fixed=st.booleans(),
+)
+def test_structured_solver_agrees_with_clarabel(
+    seed: int, way: int, shots: int, dim: int, noise: float, common: float, c: float, fixed: bool
+) -> None:
+    kernel, one_hot = problem(seed, way, shots, dim, noise, common, tasks=1)
+    solution = solve_crammer_singer(kernel, one_hot, c, fixed)
+    ours, theirs = solution.dual[0].numpy(), crammer_singer_by_clarabel(kernel[0], one_hot[0], c)
+    assert solution.residual[0] < 1e-10
+    # the objective is 1-strongly convex: a point whose value is e above the least is within sqrt(2e) of the solution
+    worse = objective(kernel[0], one_hot[0], theirs) - objective(kernel[0], one_hot[0], ours)
+    assert worse > -1e-9
+    assert np.abs(ours - theirs).max() < 1e-7 + np.sqrt(2 * max(worse, 0)) + 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_kernels_of_any_size_are_solved(scale: float) -> None:
+    kernel, one_hot = problem(1, way=5, shots=5, dim=40)
+    assert solve_crammer_singer(scale * kernel, one_hot).residual.max() < 1e-10
+
+
+@pytest.mark.parametrize(("way", "shots"), [(2, 1), (5, 1), (20, 1), (5, 15), (20, 3)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_sizes_of_published_episodes_are_solved(way: int, shots: int, fixed: bool) -> None:
+    kernel, one_hot = problem(2, way, shots, dim=64, noise=0.5)
+    assert solve_crammer_singer(kernel, one_hot, fixed=fixed).residual.max() < 1e-12
+
+
+def test_fixed_rounds_give_the_same_solution_and_gradient() -> None:
+    kernel, one_hot = problem(3, way=4, shots=4, dim=6, tasks=6)
+    weight = torch.randn(one_hot.shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    found = []
+    for fixed in (False, True):
+        leaf = kernel.clone().requires_grad_()
+        solution = solve_crammer_singer(leaf, one_hot, fixed=fixed)
+        (gradient,) = torch.autograd.grad((solution.dual * weight).sum(), leaf)
+        torch.testing.assert_close(gradient, gradient.mT)
+        found.append((solution.dual.detach(), gradient))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-13)
+
+
+def test_problems_that_cycle_are_solved_from_the_inside() -> None:
+    kernel, one_hot = problem(0, way=7, shots=3, dim=2, noise=3.0, tasks=200)
+    solution = solve_crammer_singer(kernel, one_hot, C_reg=0.0034)
+    assert solution.iterations.max() > 12, "no task needed the interior point: choose a harder problem"
+    assert solution.residual.max() < 1e-10
+
+
+def test_a_task_alone_is_solved_as_in_a_batch() -> None:
+    kernel, one_hot = problem(4, way=5, shots=3, tasks=5)
+    together = solve_crammer_singer(kernel, one_hot).dual
+    alone = torch.cat([solve_crammer_singer(k[None], y[None]).dual for k, y in zip(kernel, one_hot, strict=True)])
+    torch.testing.assert_close(alone, together, rtol=1e-12, atol=1e-16)
+
+
+def test_unequal_shots_and_duplicated_supports_satisfy_the_optimality_conditions() -> None:
+    kernel, _ = problem(5, way=3, shots=3, tasks=1)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([[0, 1, 1, 1, 1, 1, 1, 2, 2]])).double()
+    order = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    solution = solve_crammer_singer(kernel[:, order][:, :, order], one_hot)
+    descent = one_hot - (kernel[:, order][:, :, order] + torch.eye(9, dtype=DOUBLE)) @ solution.dual
+    multipliers = descent - descent.amin(2, keepdim=True)
+    room = 0.1 * one_hot - solution.dual
+    assert solution.dual.sum(2).abs().max() < 1e-14
+    assert room.min() > -1e-14
+    assert (multipliers * room).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("common", [0.0, 20.0])
+def test_gradient_is_that_of_central_differences(common: float) -> None:
+    kernel, one_hot = problem(6, way=3, shots=2, common=common, tasks=1)
+
+    def dual(square_root: Tensor) -> Tensor:
+        return solve_crammer_singer(square_root @ square_root.mT, one_hot).dual
+
+    root = torch.linalg.cholesky(kernel + 1e-3 * torch.eye(6, dtype=DOUBLE))
+    torch.autograd.gradcheck(dual, (root.requires_grad_(),), eps=1e-6, atol=1e-7, rtol=1e-4)
+
+
+def test_kernels_that_are_not_finite_have_an_infinite_residual_and_no_gradient() -> None:
+    kernel, one_hot = problem(7, tasks=4)
+    good = solve_crammer_singer(kernel, one_hot).dual
+    kernel[1], kernel[2, 0, 0] = torch.nan, torch.inf
+    for fixed in (False, True):
+        leaf = kernel.clone().requires_grad_()
+        solution = solve_crammer_singer(leaf, one_hot, fixed=fixed)
+        (gradient,) = torch.autograd.grad(solution.dual.sum(), leaf)
+        assert solution.residual.isinf().tolist() == [False, True, True, False]
+        assert (solution.dual[1:3] == 0).all()
+        assert (gradient[1:3] == 0).all()
+        torch.testing.assert_close(solution.dual[::3], good[::3], rtol=1e-9, atol=1e-13)
+
+
+def test_fixed_rounds_never_ask_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA each of these calls would wait for the device."""
+    kernel, one_hot = problem(8)
+    leaf = kernel.requires_grad_()
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a tensor was read by the host")
+
+    for name in ("item", "tolist", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(Tensor, name, forbidden)
+    solve_crammer_singer(leaf, one_hot, fixed=True).dual.sum().backward()
+    with pytest.raises(AssertionError, match="read by the host"):
+        solve_crammer_singer(leaf, one_hot, fixed=False)
+
+
+def test_residual_tells_wrong_points_from_the_solution() -> None:
+    kernel, one_hot = problem(9)
+    task: Problem = crammer_singer(kernel, one_hot, 0.1)
+    solution: QPSolution = solve_crammer_singer(kernel, one_hot)
+    assert kkt_residual(task, solution.dual.mT).max() < 1e-12
+    assert kkt_residual(task, solution.dual.mT * 1.001).min() > 1e-4
+    assert kkt_residual(task, solution.dual.mT + 1e-5).min() > 1e-5
+    assert kkt_residual(task, torch.full_like(task.linear, torch.nan)).isinf().all()
+
+
+# --- box -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 20),
+    rank=st.integers(1, 20),
+    size=st.sampled_from([1e-4, 1.0, 1e3]),
+    fixed=st.booleans(),
+)
+def test_box_problems_agree_with_clarabel(seed: int, n: int, rank: int, size: float, fixed: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(1, n, rank, generator=generator, dtype=DOUBLE)
+    hessian = size * factor @ factor.mT  # singular where rank < n
+    linear = torch.ones(1, n, dtype=DOUBLE)
+    upper = torch.rand(1, n, generator=generator, dtype=DOUBLE) * (torch.arange(n) % 4 > 0)  # some may not move
+    solution = solve_box(hessian, linear, upper, fixed)
+    eye = np.eye(n)
+    rows = [("<", eye, upper[0].numpy()), ("<", -eye, np.zeros(n))]
+    theirs = by_clarabel(hessian[0].numpy(), linear[0].numpy(), rows)
+    assert solution.residual[0] < 1e-9
+    product = hessian[0].numpy() @ solution.dual[0].numpy()  # unique even where x is not
+    np.testing.assert_allclose(product, hessian[0].numpy() @ theirs, atol=1e-5 * max(1.0, float(product.max())))
+
+
+def test_box_gradient_is_that_of_central_differences() -> None:
+    root = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
+    linear, upper = torch.ones(1, 6, dtype=DOUBLE), torch.full((1, 6), 0.5, dtype=DOUBLE)
+
+    def solve(root: Tensor) -> Tensor:
+        return solve_box(root @ root.mT, linear, upper).dual
+
+    assert 0 < (solve(root) % 0.5 != 0).sum() < 6, "the bounds should matter"
+    torch.autograd.gradcheck(solve, (root.requires_grad_(),), eps=1e-6, atol=1e-7, rtol=1e-4)
+
+
+# --- qpth ----------------------------------------------------------------------------------------------------------
+
+
+def test_qpth_in_float64_agrees_with_the_structured_solver() -> None:
+    pytest.importorskip("qpth")
+    kernel, one_hot = problem(10, way=4, shots=3, dim=30)
+    theirs = solve_crammer_singer_qpth(kernel, one_hot, double=True)
+    assert theirs.residual.max() < 1e-5
+    torch.testing.assert_close(theirs.dual, solve_crammer_singer(kernel, one_hot).dual, rtol=0, atol=1e-6)
+
+
+def test_missing_qpth_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qpth.qp", None)
+    monkeypatch.setitem(sys.modules, "qpth", None)
+    with pytest.raises(UserError, match=r"pip install qpth==0\.0\.18.*structured"):
+        solve_crammer_singer_qpth(*problem(11))
