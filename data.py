@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from augmentation import Draws, augment, draw
 from utils.errors import UserError
 from utils.images import ImageShape, Listing, decode_all, list_classes
 from utils.names import find_dataset
@@ -305,7 +306,8 @@ class Episodes:
 
     Images are scaled to [0, 1] and, if `mean` and `std` (one number per channel) are given, normalised.
     With `rotate_classes`, a class turned by 0, 90, 180 or 270 degrees counts as four: each class of a task comes
-    at the turn drawn for it, support and query alike.
+    at the turn drawn for it, support and query alike. With `augment_padding`, images are moved by up to so many
+    pixels, colour-jittered and flipped at random (see `augmentation`).
     Raises UserError if the split is too small for such tasks, or its images are not square and to be turned.
     """
 
@@ -321,15 +323,17 @@ class Episodes:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rotate_classes: bool = False,
+        augment_padding: int | None = None,
     ) -> None:
         _check_size(split, way, shot, query)
         self.split, self.way, self.shot, self.query = split, way, shot, query
         self.first_seed = base_seed(seed, split.split)
-        self.device, self.dtype = device, dtype
-        self._mean = None if mean is None else torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1)
-        self._std = (
-            None if std is None else torch.tensor(std, dtype=dtype, device=device).clamp_min(1e-3).view(-1, 1, 1)
-        )
+        self.device, self.dtype, self.augment_padding = device, dtype, augment_padding
+        # Of pixels in 0..255, so that (x/255 - mean) / std takes two passes.
+        self._shift: torch.Tensor | None = None
+        if mean is not None and std is not None:
+            self._shift = 255 * torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1)
+            self._factor = 1 / (255 * torch.tensor(std, dtype=dtype, device=device).clamp_min(1e-3).view(-1, 1, 1))
         self._host = np.asarray(split.images)
         self._resident = _to_device(self._host, device)
         self._turned = _turned_pixels(split).to(device) if rotate_classes else None
@@ -342,7 +346,11 @@ class Episodes:
         """Tasks first_task .. first_task + tasks - 1; does not wait for the device."""
         drawn = [self._draw(first_task + i) for i in range(tasks)]
         rows = np.stack([self._rows(task) for task in drawn])  # (tasks, way, shot + query)
-        x_support, x_target = self._images(rows[:, :, : self.shot]), self._images(rows[:, :, self.shot :])
+        draws = self._draws(range(first_task, first_task + tasks))
+        x_support, x_target = (
+            self._images(rows[:, :, part], draws and draws.take(self._places(tasks)[:, :, part].ravel()))
+            for part in (slice(self.shot), slice(self.shot, None))
+        )
         if self._turned is not None:
             pixels = self._turned[self._send(np.stack([task.rotations for task in drawn]))]  # (tasks, way, H*W)
             x_support, x_target = _rearrange(x_support, pixels), _rearrange(x_target, pixels)
@@ -355,15 +363,32 @@ class Episodes:
     def _rows(self, task: Task) -> np.ndarray:
         return self.split.class_starts[task.classes, None] + task.positions
 
-    def _images(self, rows: np.ndarray) -> torch.Tensor:
+    def _draws(self, tasks: range) -> Draws | None:
+        """What chance does to the images of some tasks: a function of their seeds, like the tasks themselves."""
+        if self.augment_padding is None:
+            return None
+        images = self.way * (self.shot + self.query)
+        return draw([self.first_seed + task for task in tasks], images, self.augment_padding)
+
+    def _places(self, tasks: int) -> np.ndarray:
+        """(tasks, way, shot + query): where each image stands in a row of all."""
+        shape = (tasks, self.way, self.shot + self.query)
+        return np.arange(math.prod(shape)).reshape(shape)
+
+    def _images(self, rows: np.ndarray, draws: Draws | None) -> torch.Tensor:
         """(*rows.shape, C, H, W). Only the indices travel if the split is on the device."""
         if self._resident is not None:
             pixels = self._resident.index_select(0, self._send(rows.reshape(-1)))
         else:
             pixels = self._send(self._host[rows.reshape(-1)])
-        images = pixels.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format).div_(255)
-        if self._mean is not None and self._std is not None:
-            images.sub_(self._mean).div_(self._std)
+        if draws is None or self.augment_padding is None:
+            images = pixels.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        else:
+            images = augment(pixels, draws, self.augment_padding, self._send).to(self.dtype)
+        if self._shift is None:
+            images.div_(255)
+        else:
+            images.sub_(self._shift).mul_(self._factor)
         return images.view(*rows.shape, *images.shape[1:])
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
