@@ -1,30 +1,61 @@
-"""Reading archives that came from elsewhere: present, undamaged, and with names that stay inside."""
+"""Reading archives that came from elsewhere: zip and tar, undamaged, with names that stay inside and sane sizes.
 
+Nothing is unpacked here: members come out one by one as (name, content), so memory stays flat.
+"""
+
+import bz2
+import gzip
+import lzma
+import stat
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO, Self
 
 from utils.errors import UserError
+
+MAX_MEMBERS = 2_000_000  # tieredImageNet has 779,165 images
+MAX_MEMBER_BYTES = 2**26  # ImageNet's largest image takes 16 MB
+MAX_RATIO = 100  # of unpacked to packed size; images are packed already, pixels shrink to a half
+FREE_BYTES = 2**26  # below that, a ratio does no harm
+MAX_HEADER_BYTES = 2**20  # of a tar member's long name or extended header, which tarfile reads in one go
+
+COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {  # first bytes -> file that decompresses
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+
+
+def members(
+    path: Path, origin: str, wanted: Callable[[str], bool], max_bytes: int = MAX_MEMBER_BYTES
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in the zip or tar at `path` whose name is `wanted`, in the archive's order.
+
+    A tar may be compressed, whatever its suffix says. UserError for a missing or damaged archive, one that
+    unpacks to far more than it takes, one that holds anything but files and folders with names that stay inside,
+    and a wanted member above `max_bytes`. `origin` says what to fetch instead.
+    """
+    with _explained(path, origin):
+        if _first_bytes(path).startswith(b"PK"):
+            with open_zip(path, origin) as archive:
+                yield from _zip_members(archive, path, wanted, max_bytes)
+        else:
+            yield from _tar_members(path, wanted, max_bytes)
 
 
 @contextmanager
 def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`; `origin` says what to fetch where it is missing.
+    """The zip at `path`, all members checked as in `members` but for their size; `origin` as there.
 
-    UserError for a missing or damaged archive (also when the damage shows only while it is read), and for a
-    member whose name leads out of the folder it is unpacked to.
+    UserError also when damage shows only while the block reads the archive.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing. Fetch {origin} and put it there as it is (do not unpack it)")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                refuse_unsafe(name, path)
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise UserError(f"{path} is damaged or not a zip archive ({error}). Fetch {origin} again") from error
+    with _explained(path, origin), zipfile.ZipFile(path) as archive:
+        _check_zip(archive, path)
+        yield archive
 
 
 def refuse_unsafe(name: str, archive: Path) -> None:
@@ -34,3 +65,136 @@ def refuse_unsafe(name: str, archive: Path) -> None:
         raise UserError(
             f"{archive} has a member named {name!r}, which leads out of the data set's folder: not unpacked"
         )
+
+
+@contextmanager
+def _explained(path: Path, origin: str) -> Iterator[None]:
+    """UserErrors for what the archive modules raise. OSErrors of the system, a full disk say, pass."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Fetch {origin} and put it there as it is (do not unpack it)")
+    try:
+        yield
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
+            RecursionError, UnicodeDecodeError) as error:  # fmt: skip
+        raise _damaged(path, origin, error) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _damaged(path, origin, error) from error  # gzip and bz2 have no error type of their own
+
+
+def _damaged(path: Path, origin: str, error: Exception) -> UserError:
+    if is_web_page(path):
+        return UserError(f"{path} is a web page, not an archive: the download went wrong. Fetch {origin} again")
+    return UserError(f"{path} is damaged or not an archive of its kind ({error}). Fetch {origin} again")
+
+
+def is_web_page(path: Path) -> bool:
+    """Whether a download ended in a page about it, as those of large files from Google Drive do."""
+    return _first_bytes(path).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
+    """What the list of members declares; zipfile itself holds each member to its declared size."""
+    infos = archive.infolist()
+    _check_number(len(infos), path)
+    _check_unpacked(sum(info.file_size for info in infos), path)
+    for info in infos:
+        refuse_unsafe(info.filename, path)
+        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _not_a_file(info.filename, path)
+        if info.flag_bits & 1:
+            raise UserError(f"{path} is encrypted: unpack it with its password and pack it again without one")
+
+
+def _zip_members(
+    archive: zipfile.ZipFile, path: Path, wanted: Callable[[str], bool], max_bytes: int
+) -> Iterator[tuple[str, bytes]]:
+    for info in archive.infolist():
+        if not info.is_dir() and wanted(info.filename):
+            _check_member(info.filename, info.file_size, path, max_bytes)
+            yield info.filename, archive.read(info)
+
+
+def _tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """In one pass, which is all that a compressed tar of gigabytes allows."""
+    with path.open("rb") as file:
+        stream: Any = _Limited(_decompressed(file, path), path)
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarHeader, bufsize=2**16) as archive:
+            for number, info in enumerate(iter(archive.next, None), start=1):
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all: 1 GB for tieredImageNet
+                _check_number(number, path)
+                refuse_unsafe(info.name, path)
+                if not (info.isreg() or info.isdir()) or info.issparse():
+                    raise _not_a_file(info.name, path)
+                if info.isreg() and wanted(info.name):
+                    _check_member(info.name, info.size, path, max_bytes)
+                    content = archive.extractfile(info)
+                    if content:
+                        yield info.name, content.read()
+
+
+def _decompressed(file: BinaryIO, path: Path) -> Any:
+    first = _first_bytes(path)
+    for magic, opener in COMPRESSED.items():
+        if first.startswith(magic):
+            return opener(file)
+    return file
+
+
+class _Limited:
+    """A stream that ends in a UserError when it has given far more than the archive takes on disk."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self.stream, self.path, self.given = stream, path, 0
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self.stream.read(size)
+        self.given += len(data)
+        _check_unpacked(self.given, self.path)
+        return data
+
+
+class _TarHeader(tarfile.TarInfo):
+    """As tarfile's, but a damaged or oversized header is an error; tarfile takes a damaged one for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the regular end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} in the middle") from error
+        if info.type == tarfile.GNUTYPE_SPARSE or (not info.isreg() and info.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header of type {info.type!r} and {info.size} bytes")
+        return info
+
+
+def _check_number(number: int, path: Path) -> None:
+    if number > MAX_MEMBERS:
+        raise UserError(f"{path} has more than {MAX_MEMBERS} members, more than any data set: not unpacked")
+
+
+def _check_member(name: str, size: int, path: Path, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise UserError(f"{name} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked")
+
+
+def _check_unpacked(size: int, path: Path) -> None:
+    packed = path.stat().st_size
+    if size > max(MAX_RATIO * packed, FREE_BYTES):
+        raise UserError(
+            f"{path} takes {packed / 1e6:,.1f} MB but unpacks to {size / 1e6:,.0f} MB or more: "
+            "images do not shrink like that; it is built to fill your disk and was not unpacked"
+        )
+
+
+def _not_a_file(name: str, path: Path) -> UserError:
+    return UserError(f"{name} in {path} is a link or a device, not a file: not unpacked")

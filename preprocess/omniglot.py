@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from preprocess.archives import open_zip
+from preprocess.sources import Recipe, Source
 from preprocess.staging import Contents
 from utils.errors import UserError
 
@@ -23,6 +24,10 @@ SPLIT_SEED = 0
 IMAGES_PER_CLASS = 20
 DRAWN_SIDE, SIDE = 105, 28  # pixels
 MAX_BYTES = 2**16  # an original takes about 200; no more is read, whatever an archive holds
+MD5 = {  # as its authors published the archives
+    "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
+}
 MEMBER = re.compile(r"(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)  # folder, alphabet, character, file
 
 
@@ -39,7 +44,7 @@ def unpack(dataset_dir: Path, folder: Path) -> Contents:
     total = sum(map(len, members.values()))
     with tqdm(total=total, desc="omniglot", unit=" images", disable=None) as bar:
         for archive, of_archive in members.items():
-            with open_zip(_path(dataset_dir, archive), _origin(archive)) as drawings:
+            with open_zip(_path(dataset_dir, archive), ORIGIN) as drawings:
                 for name, (class_name, file) in of_archive.items():
                     with drawings.open(name) as drawing:
                         picture = shrink(drawing.read(MAX_BYTES), f"{name} in {drawings.filename}")
@@ -81,7 +86,7 @@ def shrink(png: bytes, name: str) -> Image.Image:
 def _members(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
     """Member name -> class and file name. UserError if the archive has not all its characters and drawings."""
     members = {}
-    with open_zip(_path(dataset_dir, archive), _origin(archive)) as drawings:
+    with open_zip(_path(dataset_dir, archive), ORIGIN) as drawings:
         for name in drawings.namelist():
             match = MEMBER.fullmatch(name)
             if match and match[1] == archive:
@@ -92,7 +97,7 @@ def _members(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
         found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
         raise UserError(
             f"{_path(dataset_dir, archive)} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
-            f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {_origin(archive)}"
+            f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
         )
     return members
 
@@ -101,8 +106,5 @@ def _path(dataset_dir: Path, archive: str) -> Path:
     return dataset_dir / f"{archive}.zip"
 
 
-def _origin(archive: str) -> str:
-    return (
-        f"{archive}.zip, one of Omniglot's two archives ({' and '.join(f'{name}.zip' for name in ARCHIVES)}, "
-        "Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot),"
-    )
+ORIGIN = "Omniglot's two archives, Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot"
+RECIPE = Recipe((Source(tuple(MD5), ORIGIN, unpack, tuple(MD5.items())),))

@@ -46,7 +46,7 @@ def check_complete(target: Path) -> str:
     record = target / CONTENTS_FILE
     missing = shortfall(json.loads(record.read_text()), found) if record.is_file() else ""
     if missing or not any(sum(classes.values()) for classes in found.values()):
-        missing = missing or "it has no images in train/, val/ or test/"
+        missing = missing or f"it has no images in train/, val/ or test/ (archives belong into {target.parent})"
         raise UserError(
             f"{target} is there but not complete: {missing}. Nothing was changed: "
             "move it away or delete it, then run the same command again"

@@ -12,17 +12,18 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
 
+Result = TypeVar("Result")
 ImageShape = tuple[int, int, int]  # (C, H, W), C = 3 for RGB, 1 for grey
 
 # Files that live beside images. Any other file must decode: a misspelt suffix is an error, not a lost image.
@@ -117,42 +118,49 @@ class Decoded(NamedTuple):
 
 
 def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) -> Generator[Decoded, None, None]:
-    """All images in the listing's order, about 1 MiB at a time; by default one process per usable CPU.
+    """All images in the listing's order, about 1 MiB at a time."""
+    size = max(1, min(256, 2**20 // math.prod(shape)))
+    yield from in_processes(functools.partial(_decode, listing.root, shape), listing, size, workers)
+
+
+def in_processes(
+    work: Callable[[list[str]], Result], listing: Listing, size: int, workers: int | None = None
+) -> Generator[Result, None, None]:
+    """`work` on `size` files of the listing at a time, results in order; by default one process per usable CPU.
 
     Only a few pieces per worker are under way at once, so memory stays flat however many images there are.
     """
-    size = max(1, min(256, 2**20 // math.prod(shape)))
     pieces = [listing.files[start : start + size] for start in range(0, len(listing.files), size)]
     workers = min(workers or _usable_cpus(), len(pieces))
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from (_decode(listing.root, shape, piece) for piece in pieces)
+        yield from map(work, pieces)
         return
     # fork, as torch's DataLoader does: nothing is imported again, and workers touch neither torch nor CUDA
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
+    )
     try:
-        yield from _in_order(pool, listing.root, shape, pieces, ahead=3 * workers)
+        yield from _in_order(pool, work, pieces, ahead=3 * workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that decoded images of {listing.root} was killed: memory ran out, or a damaged file crashed "
+            "the decoder. Run again with more free memory; if it happens again, look for the file."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, root: Path, shape: ImageShape, pieces: Sequence[list[str]], ahead: int
-) -> Iterator[Decoded]:
+    pool: ProcessPoolExecutor, work: Callable[[list[str]], Result], pieces: Sequence[list[str]], ahead: int
+) -> Iterator[Result]:
     """Like pool.map, but at most `ahead` results wait for a slow consumer."""
-    decode = functools.partial(_decode, root, shape)
-    pending: deque[Future[Decoded]] = deque()
-    try:
-        for done, piece in enumerate(pieces, start=-ahead):
-            pending.append(pool.submit(decode, piece))
-            if done >= 0:
-                yield pending.popleft().result()
-        while pending:
+    pending: deque[Future[Result]] = deque()
+    for done, piece in enumerate(pieces, start=-ahead):
+        pending.append(pool.submit(work, piece))
+        if done >= 0:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A process that decoded images of {root} was killed: memory ran out, or a damaged file crashed "
-            "the decoder. Run again with more free memory; if it happens again, look for the file."
-        ) from error
+    while pending:
+        yield pending.popleft().result()
 
 
 def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:

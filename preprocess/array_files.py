@@ -1,0 +1,186 @@
+"""Data sets that come as arrays: pickles and npz files of pixels or of PNGs, with labels.
+
+Each function here yields the pictures of one split. Files are read as views or in chunks, so memory stays flat
+up to tieredImageNet's 9.5 GB.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from preprocess.archives import open_zip
+from preprocess.pickles import read_pickle, release
+from preprocess.sources import Source, of_pictures
+from preprocess.staging import SPLITS
+from preprocess.writing import Picture
+from utils.errors import UserError
+
+CHUNK = 2**24  # bytes that are read at once
+MAX_SIDE = 1024  # pixels
+RELEASE_EVERY = 1000  # images
+Reader = Callable[[list[Path], str], Iterator[Picture]]  # the files of a split, its name
+
+
+def source(name: str, files: dict[str, list[str]], read: Reader, origin: str, total: int) -> Source:
+    """A data set of which each split has `files` of its own."""
+
+    def pictures(folder: Path) -> Iterator[Picture]:
+        for split in SPLITS:
+            yield from read([folder / file for file in files[split]], split)
+
+    return of_pictures(name, [file for split in SPLITS for file in files[split]], origin, pictures, total)
+
+
+def each_split(*patterns: str) -> dict[str, list[str]]:
+    """The files of each split, whose name stands where {} is."""
+    return {split: [pattern.format(split) for pattern in patterns] for split in SPLITS}
+
+
+def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+    """MetaOptNet's pickles: 'data' (N, H, W, 3) and 'labels', ids that differ between splits; perhaps names."""
+    (path,) = paths
+    content = _entries(path, "data", "labels")
+    images, labels = _pixels(content["data"], path), _ids(content["labels"], path)
+    names = content.get("catname2label")
+    name_of = {label: str(name) for name, label in names.items()} if isinstance(names, dict) else {}
+    _check_count(len(images), len(labels), path)
+    yield from _pictures(split, images, [name_of.get(label, f"class_{label:03d}") for label in labels])
+
+
+def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture]:
+    """mini-imagenet-cache: 'image_data' (N, H, W, 3) and 'class_dict', class name -> places in it."""
+    (path,) = paths
+    content = _entries(path, "image_data", "class_dict")
+    images = _pixels(content["image_data"], path)
+    if not isinstance(content["class_dict"], dict):
+        raise _unexpected(path, f"a {type(content['class_dict']).__name__}")
+    class_of = sorted(
+        (index, str(name)) for name, places in content["class_dict"].items() for index in _ids(places, path)
+    )
+    if [index for index, _ in class_of] != list(range(len(images))):
+        raise UserError(f"{path}: class_dict does not name each of the {len(images)} images once. Fetch it again")
+    yield from _pictures(split, images, [name for _, name in class_of])
+
+
+def npz_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+    """tieredImageNet as MetaOptNet has it: 'images' in an npz, labels in a pickle."""
+    npz, labels = paths
+    class_names = _tiered_labels(labels, split)
+    yield from _pictures(split, _npz_rows(npz, "images", len(class_names)), class_names)
+
+
+def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+    """tieredImageNet as Ren et al. have it: a list of PNG files, labels in a second pickle."""
+    path, labels = paths
+    class_names, pngs = _tiered_labels(labels, split), read_pickle(path)
+    if not isinstance(pngs, list):
+        raise UserError(f"{path} holds a {type(pngs).__name__}, not a list of PNG files")
+    _check_count(len(pngs), len(class_names), path)
+    yield from _pictures(split, pngs, class_names)
+
+
+def _pictures(split: str, images: Iterable[Any], class_names: list[str]) -> Iterator[Picture]:
+    """Of pixels, or of PNG files in any form that pickles have them."""
+    for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
+        if index % RELEASE_EVERY == 0 and isinstance(image, np.ndarray):
+            release(image)
+        content = image if isinstance(image, np.ndarray) and image.ndim == 3 else _png_file(image)
+        yield Picture(split, class_name, f"{index:06d}.png", content)
+
+
+def _check_count(images: int, labels: int, path: Path) -> None:
+    if images != labels:
+        raise UserError(f"{path} has {images} images, but there are {labels} labels: they do not belong together")
+
+
+def _tiered_labels(path: Path, split: str) -> list[str]:
+    """The class of each image. 'labels' differ between splits, 'label_specific' starts at 0 in each."""
+    content = read_pickle(path)
+    if isinstance(content, dict) and "labels" in content:
+        return [f"class_{label:03d}" for label in _ids(content["labels"], path)]
+    content = _entries(path, "label_specific")
+    labels, words = _ids(content["label_specific"], path), content.get("label_specific_str", [])
+    names = {label: _plain_name(split, label, words) for label in set(labels)}
+    return [names[label] for label in labels]
+
+
+def _plain_name(split: str, label: int, words: Sequence[Any]) -> str:
+    """An ImageNet id as it is; other words after a number, for two classes of ImageNet may be called the same."""
+    word = re.sub(r"\W+", "_", str(words[label]))[:60] if 0 <= label < len(words) else ""
+    return word if re.fullmatch(r"n\d{8}", word) else f"{split}_{label:03d}_{word}".rstrip("_")
+
+
+def _entries(path: Path, *keys: str) -> dict[Any, Any]:
+    content = read_pickle(path)
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            held = f"a dict of {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
+            raise UserError(f"{path} has no {key!r}: it holds {held or 'nothing'}. It is another file of that name")
+    return content
+
+
+def _pixels(images: Any, path: Path) -> np.ndarray:
+    if not isinstance(images, np.ndarray):
+        raise _unexpected(path, type(images).__name__)
+    _check_pixels(images.shape, images.dtype, path)
+    return images
+
+
+def _check_pixels(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
+    """UserError unless it is (N, H, W, 3) uint8."""
+    if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3 or not 0 < shape[1] <= MAX_SIDE >= shape[2] > 0:
+        raise _unexpected(path, f"an array of shape {shape} and type {dtype}")
+
+
+def _unexpected(path: Path, what: str) -> UserError:
+    return UserError(f"{path} holds {what} where (N, H, W, 3) uint8 images or their labels belong")
+
+
+def _ids(labels: Any, path: Path) -> list[int]:
+    """UserError unless they are a list or an array of whole numbers."""
+    array = np.asarray(labels)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise _unexpected(path, f"labels of shape {array.shape} and type {array.dtype}")
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def _png_file(png: Any) -> bytes:
+    """Of an array of bytes, as OpenCV gives it, or of bytes, as Python 2 or 3 keeps them."""
+    if isinstance(png, np.ndarray):
+        return png.tobytes()
+    return png.encode("latin1") if isinstance(png, str) else bytes(png)
+
+
+def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
+    """The `count` images in array `key` of an npz, a few at a time in memory."""
+    with open_zip(path, "it") as archive:
+        if f"{key}.npy" not in archive.NameToInfo:
+            raise UserError(f"{path} has no array {key!r}: it holds {', '.join(archive.namelist()) or 'nothing'}")
+        with archive.open(f"{key}.npy") as stream:
+            shape = _npy_shape(stream, path)
+            _check_count(shape[0], count, path)
+            rows = max(1, CHUNK // math.prod(shape[1:]))
+            for start in range(0, count, rows):
+                wanted = min(rows, count - start) * math.prod(shape[1:])
+                chunk = stream.read(wanted)
+                if len(chunk) < wanted:
+                    raise UserError(f"{path} ends too early: {key!r} has fewer than the {count} images it announces")
+                yield from np.frombuffer(chunk, np.uint8).reshape(-1, *shape[1:])
+
+
+def _npy_shape(stream: IO[bytes], path: Path) -> tuple[int, ...]:
+    """Of the array of images that begins in `stream`. Version 1 only: its header cannot claim more than 64 KiB."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Fetch it again") from error
+    if version != (1, 0) or fortran_order:
+        raise _unexpected(path, f"an array of an unusual order or of format {version}")
+    _check_pixels(shape, dtype, path)
+    return tuple(shape)

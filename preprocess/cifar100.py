@@ -1,0 +1,96 @@
+"""CIFAR-FS (Bertinetto et al., 2019) and FC100 (Oreshkin et al., 2018): the classes of CIFAR-100, split in two ways.
+
+CIFAR-FS takes 64/16/20 classes at random; FC100 60/20/20, by superclass: no superclass is in two splits.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from preprocess import array_files
+from preprocess.archives import members, open_zip
+from preprocess.pickles import loads
+from preprocess.sources import Published, Recipe, Source, of_pictures, read_split
+from preprocess.staging import Contents
+from preprocess.writing import Picture, write_images
+from utils.errors import UserError
+
+IMAGES = 60_000
+ZIP = "cifar100.zip"
+ZIP_ORIGIN = (
+    "the CIFAR-FS archive of Bertinetto et al., which has all of CIFAR-100 (60,000 PNGs, about 134 MB), distributed "
+    "with R2D2: https://github.com/bertinetto/r2d2"
+)
+OFFICIAL = "cifar-100-python.tar.gz"
+OFFICIAL_ORIGIN = "CIFAR-100, Python version, 169 MB: https://www.cs.toronto.edu/~kriz/cifar.html"
+OFFICIAL_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+OFFICIAL_BYTES = 2**28  # its largest member takes 155 MB
+
+
+def recipe(name: str, train: int, val: int, test: int) -> Recipe:
+    pickles = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
+    sources = (
+        Source((ZIP,), ZIP_ORIGIN, partial(from_zip, name)),
+        of_pictures(name, (OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), IMAGES)._replace(
+            md5=((OFFICIAL, OFFICIAL_MD5),)
+        ),
+        array_files.source(
+            name, array_files.each_split(name + "_{}.pickle"), array_files.data_and_labels, pickles, IMAGES
+        ),
+    )
+    return Recipe(sources, Published({"train": train, "val": val, "test": test}, 600))
+
+
+def from_zip(name: str, archives: Path, folder: Path) -> Contents:
+    """The images at cifar100/data/CLASS/*.png. UserError where the zip has none."""
+    split_of = _split_of(name)
+    with open_zip(archives / ZIP, ZIP_ORIGIN) as archive:
+        wanted = [member for member in archive.namelist() if class_of(member) in split_of]
+        if not wanted:
+            raise UserError(f"{archives / ZIP} has no cifar100/data/CLASS/*.png. Fetch {ZIP_ORIGIN}")
+        pictures = (
+            Picture(split_of[class_of(member)], class_of(member), member.rpartition("/")[2], archive.read(member))
+            for member in wanted
+        )
+        return write_images(folder, pictures, name, len(wanted))
+
+
+def class_of(member: str) -> str:
+    """The class of a member cifar100/data/CLASS/IMAGE.png; empty for any other member."""
+    match member.split("/"):
+        case ["cifar100", "data", class_name, file] if file.endswith(".png") and not file.startswith("."):
+            return class_name
+    return ""
+
+
+def from_official(name: str, archives: Path) -> Iterator[Picture]:
+    """Both its parts joined: 500 images of each class from `train` and 100 from `test`."""
+    path = archives / OFFICIAL
+    parts = {part: f"cifar-100-python/{part}" for part in ("meta", "train", "test")}
+    found = dict(members(path, OFFICIAL_ORIGIN, lambda member: member in parts.values(), OFFICIAL_BYTES))
+    if len(found) < len(parts):
+        raise UserError(f"{path} lacks {', '.join(sorted(set(parts.values()) - set(found)))}. Fetch {OFFICIAL_ORIGIN}")
+    read = {part: loads(found[member], f"{member} in {path}") for part, member in parts.items()}
+    split_of = _split_of(name)
+    try:
+        classes = read["meta"]["fine_label_names"]
+        for part in ("train", "test"):
+            pixels = read[part]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
+            for file, label, image in zip(read[part]["filenames"], read[part]["fine_labels"], pixels, strict=True):
+                if classes[label] in split_of:
+                    yield Picture(split_of[classes[label]], classes[label], file, np.ascontiguousarray(image))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not laid out as CIFAR-100 is ({error!r}). Fetch {OFFICIAL_ORIGIN}") from error
+
+
+def _split_of(name: str) -> dict[str, str]:
+    """Class name -> split."""
+    return {class_name: split for split, classes in read_split(name).items() for class_name in classes}
+
+
+CIFAR_FS = recipe("CIFAR_FS", 64, 16, 20)
+FC100 = recipe("FC100", 60, 20, 20)

@@ -1,0 +1,258 @@
+"""A data set from a user's own images: class folders split at random, or any images and CSV files that split them.
+
+The images are copied, so the data set stays whole whatever becomes of the originals, and those are never changed.
+"""
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+
+from preprocess.staging import SPLITS, Contents
+from preprocess.writing import Picture, write_images
+from utils.errors import UserError
+from utils.images import list_classes
+
+NAMED = 5  # missing files that an error names
+SPLIT_WORDS = {split: split for split in SPLITS} | {"valid": "val", "validation": "val"}
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a data set from your own images, which are copied and never changed")
+    group.add_argument("--from_folder", type=Path, metavar="DIR", help="class folders DIR/CLASS/*, or images for --csv")
+    group.add_argument(
+        "--split", type=float, nargs=3, metavar=("TRAIN", "VAL", "TEST"),
+        help="share of the classes in each split, drawn at random; for example 0.64 0.16 0.2",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, help="of that draw, 0 to 2**32 - 1 (0)")
+    group.add_argument(
+        "--csv", type=Path, nargs="+", metavar="FILE",
+        help="train.csv val.csv test.csv with columns filename,label; or one file with filename,label,split",
+    )  # fmt: skip
+
+
+def maker(options: argparse.Namespace) -> Callable[[Path], Contents] | None:
+    """What fills an empty folder as the options say; None without --from_folder. UserError for bad options."""
+    if options.from_folder is None:
+        if any(value is not None for value in (options.split, options.seed, options.csv)):
+            raise UserError("--split, --seed and --csv say how to split --from_folder DIR: give that too")
+        return None
+    _check_place(options.from_folder, options.datasets, options.dataset_dir)
+    if (options.split is None) == (options.csv is None):
+        raise UserError("--from_folder needs either --split TRAIN VAL TEST or --csv FILE ..., and not both")
+    if options.csv is None:
+        fractions, seed = check_fractions(options.split), _check_seed(options.seed or 0)
+        return partial(split_folder, options.from_folder, fractions, seed)
+    if options.seed is not None:
+        raise UserError("--seed goes with --split: CSV files leave nothing to chance")
+    return partial(from_csv, options.from_folder, options.csv)
+
+
+def _check_place(source: Path, names: Sequence[str], dataset_dir: Path) -> None:
+    if len(names) != 1 or not _is_plain(names[0]):
+        raise UserError(f"--from_folder makes one data set: give --datasets one name, not {' '.join(names)}")
+    if not source.is_dir():
+        raise UserError(f"--from_folder {source} is not a folder")
+    if dataset_dir.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"the data set would be made in {dataset_dir}, inside --from_folder {source}, which must stay as it is: "
+            "choose another --dataset_dir"
+        )
+
+
+def check_fractions(fractions: Sequence[float]) -> Sequence[float]:
+    """UserError unless they are three positive numbers that sum to 1."""
+    if len(fractions) != 3 or not all(f > 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+        given = " ".join(f"{fraction:g}" for fraction in fractions)
+        raise UserError(
+            f"--split {given} sums to {sum(fractions):g}: it needs three positive shares that sum to 1, "
+            "as 0.64 0.16 0.2 do"
+        )
+    return fractions
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} is not between 0 and 2**32 - 1")
+    return seed
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a folder or file may have this name: no way out, not hidden."""
+    return name not in ("", ".", "..") and not name.startswith(".") and not set(name) & set("/\\\0")
+
+
+# --- class folders -----------------------------------------------------------------------------------------
+
+
+def split_folder(source: Path, fractions: Sequence[float], seed: int, folder: Path) -> Contents:
+    """Copy `source`/CLASS/* to `folder`/SPLIT/CLASS/*, the classes split by `draw_split`.
+
+    UserError for fewer than three classes, a class without images, unreadable images, and splits in place of classes.
+    """
+    _refuse_split(source)
+    listing = list_classes(source)
+    split_of = draw_split(list(listing.class_sizes), fractions, seed)
+    places = (file.split("/", 1) for file in listing.files)
+    pictures = (Picture(split_of[name], name, file, (source / name / file).read_bytes()) for name, file in places)
+    return write_images(folder, pictures, str(source), len(listing.files))
+
+
+def _refuse_split(source: Path) -> None:
+    """UserError where the folders are train, val and test; a class may well be called train."""
+    folders = {path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if "train" in folders and folders <= set(SPLITS):
+        raise UserError(
+            f"{source} is split already, into {', '.join(sorted(folders))}: it needs no --from_folder. "
+            "Copy or link it to DATASET_DIR/NAME"
+        )
+
+
+def draw_split(class_names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
+    """Class name -> split: a permutation of the sorted names, cut where the fractions say, at least one for each.
+
+    The same names and seed give the same split everywhere. UserError for fewer than three classes.
+    """
+    total = len(class_names)
+    if total < len(SPLITS):
+        raise UserError(f"{total} classes ({', '.join(class_names)}) are too few for train, val and test")
+    order = np.random.RandomState(seed).permutation(total)  # its streams are the same in every numpy
+    first = min(max(round(total * fractions[0]), 1), total - 2)
+    second = min(max(round(total * (fractions[0] + fractions[1])), first + 1), total - 1)
+    splits = ["train"] * first + ["val"] * (second - first) + ["test"] * (total - second)
+    names = sorted(class_names)
+    return {names[index]: split for index, split in zip(order, splits, strict=True)}
+
+
+# --- CSV files ---------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of a CSV file."""
+
+    where: str  # such as "train.csv, line 5"
+    file: str
+    label: str
+    split: str
+
+
+def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
+    """Copy the listed images, `source`/FILENAME or `source`/LABEL/FILENAME, to `folder`/SPLIT/LABEL/FILENAME.
+
+    UserError, before an image is copied, for a missing file, a class in two splits, an image listed twice, a label
+    or file name that leads out of its folder, a split without classes; with the file and line of the first.
+    """
+    rows = read_rows(source, csv_files)
+    _check_labels(rows)
+    _check_names(rows)
+    paths = _find_images(source, rows)
+    _check_twice(rows, paths)
+    pictures = (
+        Picture(row.split, row.label, path.name, path.read_bytes()) for row, path in zip(rows, paths, strict=True)
+    )
+    return write_images(folder, pictures, str(source), len(rows))
+
+
+def read_rows(source: Path, csv_files: Sequence[Path]) -> list[Row]:
+    """All lines of train.csv, val.csv and test.csv, or of one file with a column `split`.
+
+    A file that is not found as given is looked for in `source`.
+    """
+    if len(csv_files) not in (1, len(SPLITS)):
+        raise UserError(
+            f"--csv needs train.csv val.csv test.csv, or one file with a column split; not {len(csv_files)}"
+        )
+    if len(csv_files) == 1:
+        cells = _read(source, csv_files[0], ("filename", "label", "split"))
+        return [Row(where, file, label, _split_of(word, where)) for where, (file, label, word) in cells]
+    rows = []
+    for split, path in zip(SPLITS, csv_files, strict=True):
+        if SPLIT_WORDS.get(path.stem.lower(), split) != split:
+            raise UserError(f"--csv has {path.name} in the place of {split}: give train.csv val.csv test.csv, in order")
+        rows += [Row(where, file, label, split) for where, (file, label) in _read(source, path, ("filename", "label"))]
+    return rows
+
+
+def _split_of(word: str, where: str) -> str:
+    if word.lower() not in SPLIT_WORDS:
+        raise UserError(f"{where}: split {word!r} is none of {', '.join(SPLITS)}")
+    return SPLIT_WORDS[word.lower()]
+
+
+def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Place and cells of the columns, line by line. UserError where the file or a cell is missing."""
+    found = path if path.is_file() else source / path
+    try:
+        with found.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file, strict=True)
+            header = [cell.strip().lower() for cell in next(lines, [])]
+            if not set(columns) <= set(header):
+                raise UserError(f"{path} must start with a line {','.join(columns)}; it starts {','.join(header)!r}")
+            for line in filter(None, lines):
+                cells = dict(zip(header, map(str.strip, line), strict=False))
+                where = f"{path}, line {lines.line_num}"
+                if not all(cells.get(column) for column in columns):
+                    raise UserError(f"{where}: {' or '.join(columns)} is missing")
+                yield where, [cells[column] for column in columns]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path} ({error}); it is looked for as given, then in {source}") from error
+
+
+def _check_labels(rows: Sequence[Row]) -> None:
+    first: dict[str, Row] = {}
+    for row in rows:
+        if not _is_plain(row.label):
+            raise UserError(f"{row.where}: label {row.label!r} cannot be the name of a folder: change it")
+        before = first.setdefault(row.label, row)
+        if before.split != row.split:
+            raise UserError(
+                f"class {row.label!r} is in two splits, {before.split} ({before.where}) and {row.split} ({row.where}): "
+                "a class belongs to one of them"
+            )
+    empty = [split for split in SPLITS if split not in {row.split for row in first.values()}]
+    if empty:
+        raise UserError(f"the CSV files have no class for {' and '.join(empty)}: each split needs at least one")
+
+
+def _check_names(rows: Sequence[Row]) -> None:
+    for row in rows:
+        path = PureWindowsPath(row.file)  # it knows drives and backslashes too
+        if path.drive or path.root or ".." in path.parts or not _is_plain(path.name):
+            raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, or is hidden")
+
+
+def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
+    paths = [next((path for path in _places(source, row) if path.is_file()), None) for row in rows]
+    missing = [f"{row.file} ({row.where})" for row, path in zip(rows, paths, strict=True) if path is None]
+    if missing:
+        more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise UserError(
+            f"{len(missing)} of {len(rows)} listed images are neither at {source}/FILENAME nor at "
+            f"{source}/LABEL/FILENAME: {'; '.join(missing[:NAMED])}{more}"
+        )
+    return [path for path in paths if path]
+
+
+def _places(source: Path, row: Row) -> tuple[Path, Path]:
+    return source / row.file, source / row.label / row.file
+
+
+def _check_twice(rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Images of two classes may have one name, where they lie in folders of their own."""
+    listed: dict[Path | tuple[str, str], Row] = {}
+    for row, path in zip(rows, paths, strict=True):
+        for key in (path, (row.label, path.name)):  # the second: where it would be copied to
+            before = listed.setdefault(key, row)
+            if before is not row:
+                raise UserError(
+                    f"{row.where}: {row.file} of class {row.label!r} is there already as {before.file} of class "
+                    f"{before.label!r} ({before.where}): list an image once, or rename one of the two"
+                )

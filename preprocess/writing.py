@@ -1,0 +1,148 @@
+"""Writing the images of a data set: each one checked to decode, several at a time, at most a few in memory."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from preprocess.staging import Contents
+from utils.errors import UserError
+
+NAMED = 20  # unreadable images that an error names
+THREADS = 4  # Pillow and the disk work outside Python's lock
+PIECE = 32  # images that a thread takes at once, fewer if they are large
+PIECE_BYTES = 2**22
+
+
+class Picture(NamedTuple):
+    """An image and its place in the data set."""
+
+    split: str
+    class_name: str
+    file: str
+    # An image file as it is; (H, W, 3) or (H, W) uint8 to be stored as PNG; or a file to link to, which is not opened.
+    content: bytes | np.ndarray | Path
+
+
+class Done(NamedTuple):
+    unreadable: list[str]  # place and reason of each
+    images: int
+
+
+def write_images(folder: Path, pictures: Iterable[Picture], name: str, total: int | None = None) -> Contents:
+    """Write each picture to `folder`/SPLIT/CLASS/FILE; returns how many each class has.
+
+    UserError, which names them, for images that do not decode, for two of one name in a class, and for a class or
+    file name that is no plain name. `total` is for the progress bar.
+    """
+    contents: Contents = {}
+    bad: list[str] = []
+    Image.init()  # here, because threads that meet a rare format at once would not all find it
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
+        pieces = (pool.submit(_write, folder, piece) for piece in _pieces(_counted(folder, pictures, contents)))
+        for unreadable, done in _few_ahead(pieces):
+            bad += unreadable
+            bar.update(done)
+    if bad:
+        raise UserError(
+            f"{name}: {len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read: {'; '.join(bad[:NAMED])}"
+            f"{f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''}. Fetch the archive again. To do without "
+            "them, unpack it yourself to class folders and train with --skip_bad_images true"
+        )
+    return contents
+
+
+def _counted(folder: Path, pictures: Iterable[Picture], contents: Contents) -> Iterator[Picture]:
+    """The pictures; their classes are counted, and get a folder, on the way."""
+    for picture in pictures:
+        classes = contents.setdefault(picture.split, {})
+        if picture.class_name not in classes:
+            _refuse_path(picture.class_name)
+            (folder / picture.split / picture.class_name).mkdir(parents=True, exist_ok=True)
+        _refuse_path(picture.file)
+        classes[picture.class_name] = classes.get(picture.class_name, 0) + 1
+        yield picture
+
+
+def _refuse_path(name: str) -> None:
+    if name.startswith(".") or not name or set(name) & set("/\\\0"):
+        raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
+
+
+def _pieces(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+    piece: list[Picture] = []
+    for picture in pictures:
+        piece.append(picture)
+        if len(piece) == PIECE or sum(map(_size, piece)) > PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _size(picture: Picture) -> int:
+    """Of what is in memory, in bytes."""
+    match picture.content:
+        case bytes() as content:
+            return len(content)
+        case np.ndarray() as content:
+            return content.nbytes
+    return 0
+
+
+def _few_ahead(pieces: Iterator[Future[Done]], ahead: int = 16) -> Iterator[Done]:
+    """Results in order; at most `ahead` pieces are under way, so that memory stays flat."""
+    pending: deque[Future[Done]] = deque()
+    for future in pieces:
+        pending.append(future)
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _write(folder: Path, pictures: list[Picture]) -> Done:
+    bad = []
+    for split, class_name, file, content in pictures:
+        if isinstance(content, bytes) and (reason := why_unreadable(content)):
+            bad.append(f"{split}/{class_name}/{file} ({reason})")
+        try:
+            _write_new(folder / split / class_name / file, content)
+        except FileExistsError as error:
+            raise UserError(f"class {class_name!r} has two images named {file}") from error
+    return Done(bad, len(pictures))
+
+
+def _write_new(path: Path, content: bytes | np.ndarray | Path) -> None:
+    if isinstance(content, Path):
+        path.symlink_to(content)
+        return
+    with path.open("xb") as out:
+        out.write(content if isinstance(content, bytes) else _png(content))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    out = BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def why_unreadable(content: bytes) -> str:
+    """Empty if the image decodes to its end. JPEGs are decoded at an eighth of their size, which reads them all."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.verify()  # the checksums of a PNG, which are not looked at in decoding
+        with Image.open(BytesIO(content)) as image:
+            image.draft(None, (1, 1))
+            image.load()
+    except MemoryError:  # says nothing about the image
+        raise
+    except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
+        return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+    return ""
