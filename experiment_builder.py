@@ -18,17 +18,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Episodes
-from few_shot_learning_system import MAMLFewShotClassifier
-from meta_test import Normalization, Result, episodes_of, meta_test, open_dataset, query_logits
+from learner import UNSOLVED_CURE, FewShotLearner
+from meta_test import (
+    Normalization,
+    Result,
+    evaluation_episodes,
+    meta_test,
+    open_dataset,
+    query_logits,
+    training_episodes,
+)
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
+from utils.metaoptnet import published_statistics
 from utils.names import find_dataset
 from utils.options import Options
 from utils.progress import progress_bar, stop_requests, tell
 from utils.scores import Score, score
 
+SUMMED = ("loss", "accuracy", "unsolved", "seconds")
 SAVE_EVERY_SECONDS = 60.0
 READ_METRICS_EVERY = 50  # iterations, on a GPU: reading one waits for the device
 
@@ -38,21 +48,26 @@ class Stopped(SystemExit):
 
 
 def experiment_folder(options: Options) -> Path:
-    """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME."""
+    """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME, or what --save_path says."""
+    if options.save_path is not None:
+        return Path(options.save_path)
     task = f"{options.num_classes_per_set}way{options.num_samples_per_class}shot"
     dataset = find_dataset(Path(options.dataset_dir), options.dataset_name).name
     return Path(options.experiments_dir) / f"{dataset}_{task}" / options.experiment_name
 
 
 class Experiment:
-    """One run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/."""
+    """One run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/.
 
-    def __init__(self, options: Options, model: MAMLFewShotClassifier) -> None:
+    Head learners' checkpoints have MetaOptNet's names: last_epoch.pth, best_model.pth, epoch_N.pth.
+    """
+
+    def __init__(self, options: Options, model: FewShotLearner) -> None:
         self.options, self.model = options, model
         self.folder = experiment_folder(options)
-        self.models = self.folder / "saved_models"
+        self.models = self.folder if options.save_path is not None else self.folder / "saved_models"
         self.history: list[dict[str, float]] = []  # one row per finished epoch
-        self.sums = {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0}  # over the iterations of the current epoch
+        self.sums = dict.fromkeys(SUMMED, 0.0)  # over the iterations of the current epoch
         self.normalization: Normalization = None
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -66,12 +81,13 @@ class Experiment:
         train_split = open_dataset(self.options, self.options.dataset_name, "train")
         if self.options.normalization == "channel":
             self.normalization = (train_split.mean, train_split.std)
+        elif self.options.normalization == "published":
+            self.normalization = published_statistics(self.options.dataset_name)
         self.resume()
         validation_split = open_dataset(self.options, self.options.dataset_name, "val")
         device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
-        turned = options.turns_classes
-        training = episodes_of(train_split, options, device, self.normalization, options.train_seed, turned)
-        validation = episodes_of(validation_split, options, device, self.normalization, options.val_seed)
+        training = training_episodes(train_split, options, device, self.normalization)
+        validation = evaluation_episodes(validation_split, options, device, self.normalization)
         self._write_logs()
         while len(self.history) < options.total_epochs:
             self._train_epoch(training, tasks)
@@ -84,14 +100,16 @@ class Experiment:
         """
         options, epoch = self.options, len(self.history)
         end = (epoch + 1) * options.total_iter_per_epoch
-        unread: list[Tensor] = []  # (2,) each: loss, accuracy; on the device
+        unread: list[Tensor] = []  # (3,) each: loss, accuracy, unsolved tasks; on the device
         read_every = READ_METRICS_EVERY if self.model.device.type == "cuda" else 1
         clock = saved = time.monotonic()
         with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
             while (done := self.model.iterations_done) < end:
                 batch = episodes.batch(done * options.batch_size + tasks.start, len(tasks))
                 losses, _ = self.model.run_train_iter(batch, epoch)
-                unread.append(torch.stack([losses["loss"], losses["accuracy"]]))
+                unread.append(
+                    torch.stack([losses["loss"], losses["accuracy"], losses["unsolved"].to(losses["loss"].dtype)])
+                )
                 bar.update()
                 if (done + 1) % read_every and done + 1 < end:
                     continue
@@ -119,18 +137,29 @@ class Experiment:
         rows = distributed.gather_tasks(torch.stack(unread).unsqueeze(0)).mean(0).double().cpu().tolist()
         first = self.model.iterations_done - len(unread)
         unread.clear()
-        for offset, (loss, accuracy) in enumerate(rows):
-            if not math.isfinite(loss):
-                tasks = f"{(first + offset) * self.options.batch_size} and the following {self.options.batch_size - 1}"
-                raise UserError(
-                    f"the loss is {loss} at iteration {first + offset} (training tasks {tasks}, --train_seed "
-                    f"{self.options.train_seed}); training has stopped, checkpoints hold earlier, finite weights. "
-                    "Lower --init_inner_loop_learning_rate or --meta_learning_rate"
-                )
+        for offset, (loss, accuracy, unsolved) in enumerate(rows):
+            self._check_iteration(first + offset, loss, unsolved)
             self.sums["loss"] += loss
             self.sums["accuracy"] += accuracy
+            self.sums["unsolved"] += unsolved * distributed.world_size()
         done = self.model.iterations_done % self.options.total_iter_per_epoch or self.options.total_iter_per_epoch
         bar.set_postfix(loss=f"{self.sums['loss'] / done:.3f}", accuracy=f"{self.sums['accuracy'] / done:.1%}")
+
+    def _check_iteration(self, iteration: int, loss: float, unsolved: float) -> None:
+        """Raise UserError if the loss is not a number, or if SVMs were not solved and that is to be an error."""
+        options = self.options
+        if not math.isfinite(loss):
+            rates = "" if options.learner == "head" else "--init_inner_loop_learning_rate or "
+            problem, cure = f"the loss is {loss}", f"Lower {rates}--meta_learning_rate"
+        elif unsolved and options.svm_on_failure == "error":
+            problem, cure = f"a task's {options.head} was not solved", UNSOLVED_CURE
+        else:
+            return
+        tasks = f"{iteration * options.batch_size} and the following {options.batch_size - 1}"
+        raise UserError(
+            f"{problem} at iteration {iteration} (training tasks {tasks}, --train_seed {options.train_seed}); training "
+            f"has stopped, checkpoints hold earlier, finite weights. {cure}"
+        )
 
     def _count_seconds(self, since: float) -> float:
         now = time.monotonic()
@@ -149,6 +178,7 @@ class Experiment:
             "val_accuracy": validation.accuracy,
             "val_ci95_per_episode": validation.ci95_per_episode,
             "learning_rate": self.model.learning_rate,
+            "unsolved": int(self.sums["unsolved"]),
             "seconds": round(self.sums["seconds"], 3),
         }
         self.history.append(row)
@@ -160,7 +190,8 @@ class Experiment:
         self._write_logs()
         if distributed.is_main():
             for epoch in self.ranking()[self.options.max_models_to_save :]:
-                (self.models / f"epoch_{epoch}").unlink(missing_ok=True)
+                if not self.options.save_epoch or epoch % self.options.save_epoch:
+                    self.file(f"epoch_{epoch}").unlink(missing_ok=True)
         self._print_epoch(row)
 
     def _print_epoch(self, row: Mapping[str, float]) -> None:
@@ -187,9 +218,22 @@ class Experiment:
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
+    def file(self, name: str) -> Path:
+        """Where the checkpoint `name` (latest, best, epoch_N) lies."""
+        return self.models / self.model.file_name(name)
+
+    def _files(self) -> list[Path]:
+        """All checkpoints that are there."""
+        return [path for path in map(self.file, ("latest", "best")) if path.exists()] + [*self._epoch_files().values()]
+
+    def _epoch_files(self) -> dict[int, Path]:
+        """The checkpoints of finished epochs that are there, by epoch."""
+        found = {epoch_number(path.name.removesuffix(self.model.suffix)): path for path in self.models.glob("epoch_*")}
+        return {epoch: path for epoch, path in found.items() if epoch > 0}
+
     def _save(self, name: str) -> None:
         if distributed.is_main():
-            self.model.save_model(self.models / name, self._state())
+            self.model.save_model(self.file(name), self._state())
         distributed.barrier()
 
     def _state(self) -> dict[str, Any]:
@@ -210,19 +254,19 @@ class Experiment:
                 self._restore(newest)
                 self._save("latest")
         elif wanted == "from_scratch":
-            self._move_aside([*self.models.glob("[!.]*")])
+            self._move_aside(self._files())
         else:
-            self._restore(self.models / f"epoch_{wanted}")
-            branch = self.ranking()
-            self._move_aside([path for path in self.models.glob("[!.]*") if epoch_number(path.name) not in branch])
+            self._restore(self.file(f"epoch_{wanted}"))
+            of_branch = [self.file(f"epoch_{epoch}") for epoch in self.ranking()]
+            self._move_aside([path for path in self._files() if path not in of_branch])
             self._save("latest")
             self._save_best_of_branch()
 
     def _save_best_of_branch(self) -> None:
         """Make `best` the best epoch of this branch that is kept."""
-        kept = [path for epoch in self.ranking() if (path := self.models / f"epoch_{epoch}").exists()]
+        kept = [path for epoch in self.ranking() if (path := self.file(f"epoch_{epoch}")).exists()]
         if distributed.is_main():
-            replace_file(self.models / "best", lambda file: file.write(kept[0].read_bytes()))
+            replace_file(self.file("best"), lambda file: file.write(kept[0].read_bytes()))
         distributed.barrier()
 
     def newest_whole(self) -> Path | None:
@@ -230,10 +274,10 @@ class Experiment:
 
         Raises UserError if there are some and all are damaged.
         """
-        epochs = sorted((path.name for path in self.models.glob("epoch_*")), key=epoch_number, reverse=True)
-        names = ["latest", *epochs, "best"]
-        whole = next((path for name in names if self._is_whole(path := self.models / name)), None)
-        if whole is None and any((self.models / name).exists() for name in names):
+        epochs = [path for _, path in sorted(self._epoch_files().items(), reverse=True)]
+        files = [self.file("latest"), *epochs, self.file("best")]
+        whole = next((path for path in files if self._is_whole(path)), None)
+        if whole is None and any(path.exists() for path in files):
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
                 "which keeps them in another folder"
@@ -251,7 +295,7 @@ class Experiment:
     def _move_aside(self, paths: list[Path]) -> None:
         """Keep checkpoints that this run will not go on from in a folder of their own."""
         if distributed.is_main() and paths:
-            kept = self.models.with_name(f"saved_models_until_{time.strftime('%Y%m%d-%H%M%S')}")
+            kept = self.folder / f"saved_models_until_{time.strftime('%Y%m%d-%H%M%S')}"
             kept.mkdir()
             for path in paths:
                 path.rename(kept / path.name)
@@ -263,7 +307,8 @@ class Experiment:
         if "history" not in state:
             raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
         self._compare_options(state["options"])
-        self.history, self.sums, self.normalization = state["history"], state["sums"], state["normalization"]
+        self.history, self.normalization = state["history"], state["normalization"]
+        self.sums |= state["sums"]
         torch.set_rng_state(state["rng"]["cpu"])
         if self.model.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
@@ -286,20 +331,20 @@ class Experiment:
 
     # --- meta-test ---------------------------------------------------------------------------------------------
 
-    def meta_test(self, dataset: str) -> list[Result]:
-        """Test the best checkpoint and the ensemble of the top N on `dataset`; see `meta_test.meta_test`."""
+    def meta_test(self) -> list[Result]:
+        """Test the best checkpoint and the ensemble of the top N as the options say; see `meta_test.meta_test`."""
         newest = self.newest_whole()
         if newest is None:
             raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
         state = checkpoints.load(newest)
         self.history = state["history"]
         self._compare_options(state["options"], testing=True)
-        kept = [path for epoch in self.ranking() if self._is_whole(path := self.models / f"epoch_{epoch}")]
+        kept = [path for epoch in self.ranking() if self._is_whole(path := self.file(f"epoch_{epoch}"))]
         kept = kept[: self.options.top_n_models]
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
-        return meta_test(self.model, self.options, kept, labels, dataset, state["normalization"], self.folder)
+        return meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
 
 
 # Options that decide what is computed, which tasks are seen, or how iterations are counted.
@@ -310,6 +355,7 @@ MUST_STAY = {
     *("inner_loop_part", "init_inner_loop_learning_rate", "context_params_learning_rate", "second_order"),
     *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter", "use_multi_step_loss_optimization"),
     *("enable_inner_loop_optimizable_bn_params", "batch_norm"),
+    *("learner", "head", "augment", "test_way", "val_shot", "val_query"),
 }
 # Options that say how to test, or that matter to training alone.
 TEST_MAY_CHANGE = {
@@ -317,13 +363,24 @@ TEST_MAY_CHANGE = {
     *("total_iter_per_epoch", "batch_size", "seed", "train_seed", "rotate_classes", "clamp_outer_gradients"),
     *("meta_learning_rate", "min_learning_rate", "lr_schedule", "second_order", "first_order_to_second_order_epoch"),
     *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs"),
+    *("test_way", "val_shot", "val_query", "augment", "label_smoothing", "outer_weight_decay", "dropblock_schedule"),
+    *("svm_solver", "svm_max_iter", "svm_on_failure", "precision"),
 }
 # Options that say where, how long or how a run computes, not what it computes. A run's folder is named after its data
 # set, so dataset_name can differ in spelling only.
 MAY_CHANGE = {
     "dataset_name",
-    *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_dataset"),
-    *("total_epochs", "max_models_to_save", "top_n_models", "tasks_per_pass", "test_batch_size"),
+    *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_datasets"),
+    *(
+        "save_path",
+        "save_epoch",
+        "test_shots",
+        "total_epochs",
+        "max_models_to_save",
+        "top_n_models",
+        "tasks_per_pass",
+        "test_batch_size",
+    ),
     *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),
 }
 

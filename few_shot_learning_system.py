@@ -7,15 +7,14 @@ weights back to the meta-parameters and makes one Adam step. All tensors carry a
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from classification_heads import ClassificationHead
+from head_learning_system import HeadFewShotClassifier, Support, solve
 from inner_loop_optimizers import (
     ALFA,
     LSLR,
@@ -30,6 +29,7 @@ from inner_loop_optimizers import (
     multiply_each,
     scale_by_context,
 )
+from learner import DataBatch, FewShotLearner, Tasks, cross_entropy
 from meta_neural_network_architectures import (
     Backbone,
     BatchStatistics,
@@ -38,24 +38,12 @@ from meta_neural_network_architectures import (
     ResNet12,
     update_running_statistics,
 )
-from utils import checkpoints, distributed
+from utils import distributed
 from utils.errors import UserError
-from utils.official_checkpoints import load_official
 from utils.options import Options
 
-# x_support, x_target (tasks, way, images, C, H, W), y_support, y_target (tasks, way, images)
-DataBatch = Sequence[Any]
 # What of the inner loop stays in the graph of the query loss: nothing, the weights' path, the inner gradients too.
 EVALUATION, FIRST_ORDER, SECOND_ORDER = 0, 1, 2
-
-
-class Tasks(NamedTuple):
-    """A batch of tasks on the device; rows are way-major: all images of class 0, then of class 1, ..."""
-
-    x_support: Tensor  # (tasks, way*shot, C, H, W)
-    y_support: Tensor  # (tasks, way*shot)
-    x_query: Tensor  # (tasks, way*query, C, H, W)
-    y_query: Tensor  # (tasks, way*query)
 
 
 class InnerStep(NamedTuple):
@@ -73,7 +61,7 @@ class InnerStep(NamedTuple):
     statistics: Sequence[BatchStatistics] = ()  # what batch norm saw
 
 
-class MAMLFewShotClassifier(nn.Module):
+class MAMLFewShotClassifier(FewShotLearner):
     """MAML, CxGrad and the rest of the family, with the official programs' interface.
 
     Args:
@@ -83,10 +71,8 @@ class MAMLFewShotClassifier(nn.Module):
     """
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
-        super().__init__()
-        self.options = options = Options.from_object(args)
-        self.device = torch.device(device)
-        self.image_shape = (im_shape[1], im_shape[2], im_shape[3])
+        super().__init__(im_shape, device, args)
+        options = self.options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)  # the initial weights are a function of the seed alone
             self.classifier = build_network(self.image_shape, options)
@@ -102,7 +88,6 @@ class MAMLFewShotClassifier(nn.Module):
             self.inner_loop_optimizer = build_rule(moved, options)
         self.to(self.device)
         self.optimizer = torch.optim.Adam(list(self.trained_parameters().values()), lr=options.meta_learning_rate)
-        self.iterations_done = 0
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer update moves: everything, but not a network that stays at its random initialisation."""
@@ -281,86 +266,43 @@ class MAMLFewShotClassifier(nn.Module):
                 if parameter.grad is not None:
                     parameter.grad.clamp_(-self.options.clamp_outer_gradients, self.options.clamp_outer_gradients)
 
-    def run_validation_iter(
-        self, data_batch: DataBatch, current_iter: int | None = None
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """Score a meta-batch without changing anything; same result as `run_train_iter`."""
-        tasks = self._to_device(data_batch)
-        passes = self._passes(tasks)
-        logits = torch.cat([self.predict(self.adapt(part.x_support, part.y_support), part.x_query) for part in passes])
-        return self._report(cross_entropy(logits, tasks.y_query), logits, tasks.y_query)
-
-    def _to_device(self, data_batch: DataBatch) -> Tasks:
-        dtype = next(self.parameters()).dtype
-        x_support, x_query, y_support, y_query = (as_tensor(array) for array in data_batch)
-        expected = (self.options.num_classes_per_set, self.image_shape)
-        for x in (x_support, x_query):
-            if (x.shape[1], tuple(x.shape[3:])) != expected:
-                raise UserError(
-                    f"a batch of shape {tuple(x.shape)} does not fit a model of {expected[0]} ways and images of "
-                    f"{expected[1]}; batches are (tasks, way, images, C, H, W)"
-                )
-        images = [x.to(self.device, dtype).flatten(1, 2) for x in (x_support, x_query)]
-        labels = [y.to(self.device, torch.long).flatten(1) for y in (y_support, y_query)]
-        return Tasks(images[0], labels[0], images[1], labels[1])
-
-    def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
-        """The meta-batch in micro-batches of tasks; gradients do not depend on the cut."""
-        size = self.options.tasks_per_pass or (1 if self.device.type == "cpu" else len(tasks.x_support))
-        yield from map(Tasks._make, zip(*(tensor.split(size) for tensor in tasks), strict=True))
-
-    def _report(self, losses: Tensor, logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
-        correct = (logits.argmax(2) == labels).to(losses.dtype)
-        report = {"loss": losses.mean(), "accuracy": correct.mean(), "learning_rate": self.learning_rate}
-        return report, list(logits)
-
-    @property
-    def learning_rate(self) -> float:
-        """The outer learning rate in use."""
-        return self.optimizer.param_groups[0]["lr"]
-
     def _set_learning_rate(self, epoch: int) -> None:
         options = self.options
         schedule = options.lr_schedule or ("per_iteration" if options.contextual_grad else "per_epoch")
         position = self.iterations_done if schedule == "per_iteration" else epoch
-        rate = cosine(options.meta_learning_rate, options.min_learning_rate, position, options.total_epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    # --- checkpoints -------------------------------------------------------------------------------------------
-
-    def save_model(self, model_save_dir: str | Path, state: Mapping[str, Any]) -> None:
-        """Write weights, optimiser and `state` (plain values and tensors) to the file `model_save_dir`, atomically."""
-        own = {"network": self.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoints.save({**state, **own, "iterations_done": self.iterations_done}, Path(model_save_dir))
-
-    def load_model(self, model_save_dir: str | Path, model_name: str, model_idx: str | int) -> dict[str, Any]:
-        """Restore what `save_model` wrote to MODEL_SAVE_DIR/MODEL_NAME_MODEL_IDX; returns the whole state."""
-        return self.load_checkpoint(Path(model_save_dir) / f"{model_name}_{model_idx}")
-
-    def load_checkpoint(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
-        """Restore what `save_model` wrote to `path`; with `weights_only`, leave the optimiser alone.
-
-        Raises UserError if it is damaged, or made by another architecture; the model is then unchanged.
-        """
-        state = checkpoints.load(path)
-        before = self.optimizer.state_dict()
-        try:
-            if "optimizer" in state and not weights_only:
-                self.optimizer.load_state_dict(state["optimizer"])
-            load_official(self, state["network"])
-        except (UserError, ValueError) as error:
-            self.optimizer.load_state_dict(before)
-            raise UserError(f"{path} does not fit this model: {error}") from error
-        self.iterations_done = state.get("iterations_done", 0)
-        return state
+        self.set_learning_rate(
+            cosine(options.meta_learning_rate, options.min_learning_rate, position, options.total_epochs)
+        )
 
 
-def as_tensor(array: Any) -> Tensor:
-    """An array or tensor as a tensor; a read-only array, such as a memory map, is copied."""
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        array = array.copy()
-    return torch.as_tensor(array)
+class HeadOnBody(MAMLFewShotClassifier):
+    """A base learner on the features of a gradient-trained network, in place of inner steps; for evaluation only."""
+
+    def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
+        super().__init__(im_shape, device, args)
+        # Not a submodule: the checkpoints of the network know nothing of it.
+        self._head = (ClassificationHead(str(self.options.head), enable_scale=False),)
+
+    @torch.no_grad()
+    def adapt(self, x_support: Tensor, y_support: Tensor) -> Support:  # type: ignore[override]
+        """Features of support images (tasks, n, C, H, W), of the network at its meta-parameters."""
+        parameters = self.task_parameters(len(x_support), evaluation=True)
+        return Support(self.classifier.features(parameters, x_support, 0), y_support)
+
+    @torch.no_grad()
+    def predict(self, state: Support, x_query: Tensor) -> Tensor:  # type: ignore[override]
+        query = self.adapt(x_query, state.labels).features
+        logits, unsolved = solve(self._head[0], self.options, state, query, self.options.evaluation_task[0])
+        self._count_unsolved(unsolved)
+        return logits
+
+
+def build_learner(device: torch.device | str, options: Options) -> FewShotLearner:
+    """The learner that the options ask for."""
+    kind: type[FewShotLearner] = MAMLFewShotClassifier
+    if options.head:
+        kind = HeadFewShotClassifier if options.learner == "head" else HeadOnBody
+    return kind((options.batch_size, *options.image_shape), device, options)
 
 
 def build_network(image_shape: tuple[int, int, int], options: Options) -> Backbone:
@@ -408,11 +350,6 @@ def build_rule(moved: Mapping[str, Tensor], options: Options) -> Rule:
     if options.alfa:
         return ALFA(moved, steps, rate, options.init_inner_loop_weight_decay, options.random_init)
     return GradientDescent(rate)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each task (tasks,), from logits (tasks, n, way) and labels (tasks, n)."""
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
 def step_importances(steps: int, epoch: int, options: Options) -> list[float]:

@@ -1,5 +1,6 @@
 """Scoring a learner on fixed tasks, for validation and for the meta-test of single and averaged checkpoints."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from data import Episodes, Split, open_split
-from few_shot_learning_system import MAMLFewShotClassifier
+from learner import FewShotLearner
 from utils import distributed
+from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import replace_file, write_csv, write_text
 from utils.names import canonical_name
@@ -35,23 +37,23 @@ def open_dataset(options: Options, name: str, split: str) -> Split:
     return found
 
 
-def episodes_of(
-    split: Split,
-    options: Options,
-    device: torch.device,
-    normalization: Normalization,
-    seed: int,
-    rotate_classes: bool = False,
-) -> Episodes:
-    """The endless tasks of a split, with the experiment's way, shot and query."""
+def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
+    """The endless training tasks of a split."""
     mean, std = normalization or (None, None)
-    way, shot, query = options.num_classes_per_set, options.num_samples_per_class, options.num_target_samples
-    return Episodes(split, way, shot, query, seed, mean, std, device, rotate_classes=rotate_classes)
+    padding = options.crop_padding if options.augment else None
+    seed, turned = options.train_seed, options.turns_classes
+    return Episodes(
+        split, *options.training_task, seed, mean, std, device, rotate_classes=turned, augment_padding=padding
+    )
 
 
-def query_logits(
-    model: MAMLFewShotClassifier, episodes: Episodes, options: Options, title: str
-) -> tuple[Tensor, Tensor]:
+def evaluation_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
+    """The endless validation or test tasks of a split."""
+    mean, std = normalization or (None, None)
+    return Episodes(split, *options.evaluation_task, options.val_seed, mean, std, device)
+
+
+def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, title: str) -> tuple[Tensor, Tensor]:
     """Logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
     total = options.num_evaluation_tasks
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
@@ -64,12 +66,38 @@ def query_logits(
             logits.append(torch.stack(predictions))
             labels.append(batch.y_target.flatten(1))
             bar.update(len(predictions))
+    model.check_solved()
     gathered = [distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels)]
     return gathered[0], gathered[1]
 
 
 def meta_test(
-    model: MAMLFewShotClassifier,
+    model: FewShotLearner,
+    options: Options,
+    checkpoints: Sequence[Path],
+    labels: Sequence[str],
+    normalization: Normalization,
+    folder: Path,
+) -> list[Result]:
+    """Score the first checkpoint, and the mean logits of all, on each data set and shot that the options name.
+
+    `labels` name the two in the results; one label asks for the first only. Images are resized and normalised as in
+    training, and every checkpoint sees the same tasks. Results are printed; they go to
+    FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs; those of several data
+    sets also to `utils.cross_domain`'s table and heat map.
+    """
+    results = []
+    for dataset in options.test_dataset_list:
+        for shot in options.test_shot_list:
+            one = dataclasses.replace(options, val_shot=shot)
+            results += _test_one(model, one, checkpoints, labels, dataset, normalization, folder)
+    if len(options.test_dataset_list) > 1 and distributed.is_main():
+        tell(write_cross_domain(folder, results))
+    return results
+
+
+def _test_one(
+    model: FewShotLearner,
     options: Options,
     checkpoints: Sequence[Path],
     labels: Sequence[str],
@@ -77,15 +105,8 @@ def meta_test(
     normalization: Normalization,
     folder: Path,
 ) -> list[Result]:
-    """Score the first checkpoint, and the mean logits of all, on the test split of `dataset`; write and print both.
-
-    `labels` name the two in the results; one label asks for the first only.
-
-    Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results go to
-    FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs.
-    """
     split = open_dataset(options, dataset, "test")
-    episodes = episodes_of(split, options, model.device, normalization, options.val_seed)
+    episodes = evaluation_episodes(split, options, model.device, normalization)
     check_disjoint(episodes, options.num_evaluation_tasks)
     logits, answers = [], torch.empty(0)
     for path in checkpoints:
@@ -119,15 +140,17 @@ def check_disjoint(episodes: Episodes, tasks: int) -> None:
 
 def test_protocol(options: Options, dataset: str, normalization: Normalization) -> Result:
     """What a test result must say about itself to be compared with another."""
+    way, shot, query = options.evaluation_task
     return {
         "dataset": dataset,
         "split": "test",
         "trained_on": canonical_name(options.dataset_name),
         "episodes": options.num_evaluation_tasks,
-        "way": options.num_classes_per_set,
-        "shot": options.num_samples_per_class,
-        "query": options.num_target_samples,
-        "steps": options.number_of_evaluation_steps_per_iter,
+        "way": way,
+        "shot": shot,
+        "query": query,
+        "steps": None if options.head else options.number_of_evaluation_steps_per_iter,
+        "head": options.head and " ".join(map(str, (options.head, *options.solver_options.values()))),
         "batch_norm": options.batch_norm,
         "normalization": "channel" if normalization else "unit",
         "seed": options.val_seed,
@@ -151,7 +174,7 @@ def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two test results answers to the same question."""
     names = ("dataset", "split", "episodes", "way", "shot", "query", "steps", "batch_norm", "seed")
     model = "ensemble" if result["model"].startswith("top-") else result["model"]  # of more epochs, as a run goes on
-    return (*(result[name] for name in names), model)
+    return (*(result[name] for name in names), result.get("head"), model)
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -161,6 +184,7 @@ def describe(result: Mapping[str, Any]) -> str:
         f"{result['accuracy']:.2%} ± {result['ci95_per_episode']:.2%} (95 % CI per episode; "
         f"± {result['ci95_per_query']:.2%} per query), {result['episodes']} episodes, "
         f"{result['query']} queries per class, {result['batch_norm']} batch norm"
+        + (f", {result['head']} head" if result["head"] else "")
     )
 
 

@@ -1,7 +1,7 @@
 # What all experiment scripts share; they source it, fill the array `row` with their options, and call run_row "$@".
 # Everything that the environment can say is read here and nowhere else:
 #   TEST=1           meta-test the row's checkpoints instead of training
-#   TEST_DATASET     data set to meta-test on (default: the row's own)
+#   TEST_DATASET     data set, or several joined by commas, to meta-test on (default: the row's own)
 #   TEST_BATCH_SIZE  tasks in a test meta-batch
 #   DATASET_DIR      folder that holds the data sets (default: datasets/ of the repository)
 #   PYTHON           interpreter (default: the active virtual or conda environment's, else .venv's, else python3)
@@ -56,12 +56,10 @@ find_python() {
 # Replaces this shell, so that Ctrl-C and SIGTERM reach the training itself.
 run_row() {
   check_gpu_id "$@"
-  local gpu=$1 python ids launcher=()
+  local gpu=$1 python
   shift
   find_python
-  IFS=, read -ra ids <<<"$gpu"
-  ((${#ids[@]} == 1)) || launcher=(-m torch.distributed.run --standalone --nproc_per_node "${#ids[@]}")
-  [[ -z ${TEST_DATASET:-} ]] || row+=(--test_dataset "$TEST_DATASET")
+  [[ -z ${TEST_DATASET:-} ]] || row+=(--test_datasets "$TEST_DATASET")
   [[ -z ${TEST_BATCH_SIZE:-} ]] || row+=(--test_batch_size "$TEST_BATCH_SIZE")
   [[ -z ${DATASET_DIR:-} ]] || row+=(--dataset_dir "$(from_caller "$DATASET_DIR")")
   case ${TEST:-0} in
@@ -70,5 +68,5 @@ run_row() {
     *) fail "TEST is '$TEST'; it is 1 to meta-test, or not set." ;;
   esac
   row=(--gpu "$gpu" --experiment_name "$(basename -- "$0" .sh)" "${row[@]}")
-  exec "$python" "${launcher[@]}" train_maml_system.py "${row[@]}" "$@"
+  exec "$python" train_maml_system.py "${row[@]}" "$@"
 }

@@ -13,13 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_maml_system
+from utils.errors import UserError
 from utils.options import Options, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiment_scripts"
 ROWS = sorted(FOLDER.glob("*_5way_*/*.sh"))
+HEAD_ROWS = sorted(FOLDER.glob("*_5way/*.sh"))  # trained once, tested 1-shot and 5-shot
 GLYPHS = FOLDER / "glyphs_5way_1shot" / "CxGrad_4conv.sh"
 # 1-shot with meta-batch 2, as published; other 1-shot rows have 4.
 L2F_OF_MINI_IMAGENET = FOLDER / "mini_imagenet_5way_1shot" / "L2F_resnet12.sh"
@@ -90,6 +93,29 @@ LINES = [
     ["meta_learning_rate", "min_learning_rate", "lr_schedule", "clamp_outer_gradients"],
     ["num_evaluation_tasks", "top_n_models", "seed", "train_seed", "val_seed"],
 ]
+# Heads by the names of their scripts, and where a row with each network is published or asked for.
+HEADS = {"MetaOptNet_SVM": "SVM-CS", "MetaOptNet_RR": "Ridge", "ProtoNet": "ProtoNet", "R2D2": "R2D2"}
+NETWORKS = {"resnet12": "ResNet-12", "conv64": "conv64", "r2d2net": "R2D2Net"}
+FULL = [f"{head}_{network}" for head in ("MetaOptNet_SVM", "MetaOptNet_RR") for network in ("resnet12", "conv64")]
+HEADS_OF = {
+    "mini_imagenet": FULL,
+    "tiered_imagenet": FULL,
+    "CIFAR_FS": [*FULL, "ProtoNet_resnet12", "ProtoNet_conv64", "R2D2_r2d2net"],
+    "FC100": [*FULL, "ProtoNet_resnet12", "ProtoNet_conv64", "R2D2_r2d2net"],
+    "glyphs": ["MetaOptNet_SVM_conv64", "MetaOptNet_RR_conv64", "ProtoNet_conv64"],
+}
+HEAD_LINES = [
+    ["learner", "head", "svm_solver", "svm_on_failure"],
+    LINES[0],
+    ["augment"],
+    LINES[1],
+    ["test_way", "val_shot", "val_query", "test_shots"],
+    ["backbone", "resnet_widths", "avg_pool", "dropblock_schedule"],
+    ["batch_norm", "precision"],
+    ["total_epochs", "total_iter_per_epoch"],
+    ["meta_learning_rate", "lr_schedule", "outer_weight_decay", "label_smoothing"],
+    ["num_evaluation_tasks", "save_epoch", "top_n_models", "seed", "train_seed", "val_seed"],
+]
 # What a method may change in the rows of one data set.
 OF_METHOD = {
     *PLAIN,
@@ -114,6 +140,7 @@ def data_of(row: Path) -> tuple[str, int]:
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=name_of)
+every_head_row = pytest.mark.parametrize("row", HEAD_ROWS, ids=name_of)
 
 
 def program(path: Path, *lines: str) -> Path:
@@ -282,12 +309,53 @@ def test_resnet_rows_hold_memory_down(row: Path, words_of: Callable[[Path], list
     assert (options.tasks_per_pass, options.checkpoint_inner_steps) == (1, True)
 
 
+def test_every_head_has_its_scripts() -> None:
+    assert {name_of(row) for row in HEAD_ROWS} == {
+        f"{data}_5way/{name}" for data, names in HEADS_OF.items() for name in names
+    }
+
+
+@every_head_row
+def test_head_script_is_short_and_opens_with_its_row_accuracy_time_and_commands(row: Path) -> None:
+    lines, code = row.read_text().splitlines(), code_of(row)
+    header = "\n".join(lines[: lines.index(code[0])])
+    network = NETWORKS[row.stem.rpartition("_")[2]]
+    assert 5 <= len(code) <= 15 and max(map(len, lines)) <= 120
+    assert re.search(rf"^# .+, {network}, .+ 5-way: .*arXiv \d{{4}}\.\d{{5}}", header, re.M)
+    assert re.search(r"^# Published accuracy(, 1-shot and 5-shot: .* % and .* %|: none known)", header, re.M)
+    assert "\n# Time and memory: " in header
+    assert f"#   TEST=1 bash {row.relative_to(ROOT)} 0\n" in header
+    assert os.access(row, os.X_OK)
+    for line, group in zip(code[2:-2], HEAD_LINES, strict=True):
+        names = options_in(line)
+        assert names == [name for name in group if name in names]
+
+
+@every_head_row
+def test_head_rows_follow_the_published_recipe(row: Path, words_of: Callable[[Path], list[str]]) -> None:
+    options = options_of(words_of(row))
+    data, (head, _, network) = row.parent.name.removesuffix("_5way"), row.stem.rpartition("_")
+    usual = Options.from_mapping({"learner": "head", "dataset_name": data})
+    assert (options.dataset_name, options.head, options.backbone) == (data, HEADS[head], NETWORKS[network])
+    shots = {"mini_imagenet": 5 if network == "conv64" else 15, "tiered_imagenet": 10, "FC100": 15}
+    assert options.training_task == (5, shots.get(data, 5), 6)
+    assert options.label_smoothing == (0.1 if data == "mini_imagenet" else 0)
+    assert options.augment == (data != "glyphs")
+    assert options.test_shot_list == [1, 5]
+    of_row = {"dataset_name", "head", "backbone", "num_samples_per_class", "label_smoothing", "augment", "test_way"}
+    of_row |= {"test_shots", "experiment_name", "gpu"} | (
+        {"image_height", "image_width"} if data == "glyphs" else set()
+    )
+    own, expected = asdict(options), asdict(usual)
+    assert {name for name in own if own[name] != expected[name]} <= of_row
+
+
 @pytest.mark.parametrize("script", [FOLDER / "demo.sh", FOLDER / "run.sh", ROOT / ".ci" / "run"], ids=name_of)
 def test_shell_syntax_is_right(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@every_row
+@pytest.mark.parametrize("row", ROWS + HEAD_ROWS, ids=name_of)
 def test_every_script_runs_dry(
     row: Path, words_of: Callable[[Path], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,19 +384,32 @@ def test_one_device_is_handed_to_the_entry(gpu: str, printer: Path) -> None:
     assert options_of(arguments).gpu == gpu
 
 
-@pytest.mark.parametrize(("gpus", "processes"), [("0,1", "2"), ("4,5,6", "3")])
-def test_several_gpus_go_through_torchrun(gpus: str, processes: str, printer: Path) -> None:
-    arguments = passed_on(GLYPHS, gpus, PYTHON=printer)
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        processes,
-        "train_maml_system.py",
-    ]
-    assert arguments[:6] == torchrun
-    assert options_of(arguments).gpu == gpus
+@pytest.mark.parametrize("gpus", ["0,1", "4,5,6"])
+def test_gpu_ids_reach_the_program(gpus: str, printer: Path) -> None:
+    assert options_of(passed_on(GLYPHS, gpus, PYTHON=printer)).gpu == gpus
+
+
+def test_several_gpus_are_a_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are none: what would be started."""
+    started: list[str] = []
+
+    def launch(program: str, words: list[str]) -> None:
+        started.extend(words)
+        sys.exit()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(os, "execv", launch)
+    monkeypatch.setattr(sys, "argv", ["train_maml_system.py", "--gpu", "1,3", "--seed", "5"])
+    with pytest.raises(SystemExit):
+        train_maml_system.main()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert started == [sys.executable, *torchrun, "train_maml_system.py", "--gpu", "1,3", "--seed", "5"]
+
+
+def test_gpus_that_are_not_there_are_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="GPU 1, 2 does not exist on this machine: it has GPU 0"):
+        train_maml_system.main(["--gpu", "0,1,2"])
 
 
 @pytest.mark.parametrize("words", [[], ["gpu0"], ["0,"], ["--total_epochs", "2"], [""]], ids=str)
@@ -344,7 +425,7 @@ def test_test_variables_become_options(printer: Path) -> None:
     arguments = passed_on(GLYPHS, "cpu", PYTHON=printer, TEST=1, TEST_DATASET="CUB", TEST_BATCH_SIZE=7)
     options = options_of(arguments)
     assert options.evaluate_on_test_set_only
-    assert options.test_dataset == "CUB"
+    assert options.test_datasets == "CUB"
     assert options.test_batch_size == 7
 
 
@@ -352,7 +433,7 @@ def test_variables_that_are_empty_add_nothing(printer: Path) -> None:
     plain = passed_on(GLYPHS, "cpu", PYTHON=printer)
     empty = passed_on(GLYPHS, "cpu", PYTHON=printer, TEST="", TEST_DATASET="", TEST_BATCH_SIZE="", DATASET_DIR="")
     assert empty == plain
-    assert not {"--evaluate_on_test_set_only", "--test_dataset", "--test_batch_size", "--dataset_dir"} & set(plain)
+    assert not {"--evaluate_on_test_set_only", "--test_datasets", "--test_batch_size", "--dataset_dir"} & set(plain)
 
 
 def test_test_variable_that_is_neither_yes_nor_no_is_an_error(printer: Path) -> None:
@@ -366,7 +447,7 @@ def test_own_options_come_last_and_keep_their_spaces(printer: Path) -> None:
     arguments = passed_on(GLYPHS, "cpu", *own, PYTHON=printer, TEST=1, TEST_DATASET="CUB", DATASET_DIR="/data")
     assert arguments[-6:] == own
     options = options_of(arguments)
-    assert (options.batch_size, options.experiment_name, options.test_dataset) == (1, "my run", "digits")
+    assert (options.batch_size, options.experiment_name, options.test_datasets) == (1, "my run", "digits")
 
 
 @pytest.mark.parametrize(
@@ -429,12 +510,11 @@ def test_demo_prepares_trains_cross_tests_and_reports(tmp_path: Path) -> None:
     stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"')
     result = call(FOLDER / "demo.sh", "cpu", PYTHON=stub, TEST=1, TEST_DATASET="CUB")
     assert result.returncode == 0, result.stderr
-    prepare, train, digits, colour, report = log.read_text().splitlines()
+    prepare, train, test, report = log.read_text().splitlines()
     assert prepare == "preprocess/preprocess.py --datasets glyphs digits glyphs_colour"
     assert "--evaluate_on_test_set_only" not in train
-    assert "--test_dataset" not in train
-    assert "--test_dataset digits --evaluate_on_test_set_only true" in digits
-    assert "--test_dataset glyphs_colour --evaluate_on_test_set_only true" in colour
+    assert "--test_datasets" not in train
+    assert "--test_datasets digits,glyphs_colour --evaluate_on_test_set_only true" in test
     assert report == "utils/report.py experiments/glyphs_5way1shot/CxGrad_4conv"
 
 

@@ -35,8 +35,10 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
         raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "network" not in state:
-        raise DamagedCheckpoint(f"{path} holds no 'network' entry, so it is not a checkpoint of this program")
+    if not isinstance(state, dict) or not {"network", "embedding"} & state.keys():
+        raise DamagedCheckpoint(
+            f"{path} holds neither a 'network' nor an 'embedding', so it is no checkpoint of this program"
+        )
     return state
 
 

@@ -8,32 +8,38 @@ import torch
 from utils.errors import UserError
 
 
-def choose_device(gpu: str | None) -> torch.device:
+def choose_device(gpu: str | None, tf32: bool = False) -> torch.device:
     """The device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
 
-    None takes the first GPU if there is one. Raises UserError for an id that this machine does not have.
+    None takes the first GPU if there is one. `tf32` lets its convolutions and matrix products round to ten bits.
+    Raises UserError for an id that this machine does not have.
     """
     if gpu is None:
         gpu = "0" if torch.cuda.is_available() else "cpu"
     if gpu.lower() == "cpu":
         keep_freed_memory()
         return torch.device("cpu")
-    ids = [part.strip() for part in gpu.split(",")]
-    count = torch.cuda.device_count()
-    if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
-        there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
-        raise UserError(f"GPU {', '.join(missing)} does not exist on this machine: {there}; 'cpu' runs without one")
+    ids = gpu_ids(gpu)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != len(ids):
         raise UserError(
-            f"--gpu {gpu} names {len(ids)} GPUs but {processes} process(es) were started; start one for each, as the "
-            f"scripts do: torchrun --nproc_per_node {len(ids)} train_maml_system.py ..."
+            f"--gpu {gpu} names {len(ids)} GPUs but {processes} process(es) were started; name one GPU, or train: "
+            "train_maml_system.py starts a process for each by itself"
         )
-    device = torch.device("cuda", int(ids[int(os.environ.get("LOCAL_RANK", "0"))]))
+    device = torch.device("cuda", ids[int(os.environ.get("LOCAL_RANK", "0"))])
     torch.cuda.set_device(device)
-    # Convolutions in full float32: CxGrad's context follows from differences that TF32's ten bits do not hold.
-    torch.backends.cudnn.allow_tf32 = False
+    # Else full float32: CxGrad's context follows from differences that TF32's ten bits do not hold.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device
+
+
+def gpu_ids(gpu: str) -> list[int]:
+    """The ids in "0,1"; raises UserError for one that this machine does not have."""
+    ids, count = [part.strip() for part in gpu.split(",")], torch.cuda.device_count()
+    if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
+        there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
+        raise UserError(f"GPU {', '.join(missing)} does not exist on this machine: {there}; 'cpu' runs without one")
+    return [int(i) for i in ids]
 
 
 def keep_freed_memory() -> None:

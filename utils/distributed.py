@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def become_launcher(processes: int) -> None:
+    """Replace this process by torchrun, which starts the same command once per GPU; signals then reach torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Weights of the official CxGrad, MAML++ and ALFA programs, whose parameter names this project keeps."""
+"""Weights of the official CxGrad, MAML++, ALFA and MetaOptNet programs, whose parameter names this project keeps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,3 +77,15 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     if steps:
         found |= {"number_of_training_steps_per_iter": steps, "number_of_evaluation_steps_per_iter": steps}
     return found
+
+
+def infer_embedding(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options that official MetaOptNet weights of an embedding tell; UserError if they are of no known one."""
+    given = without_prefix(weights)
+    if "layer1.0.conv1.weight" in given:
+        widths = "-".join(str(len(given[f"layer{i}.0.conv1.weight"])) for i in (1, 2, 3, 4))
+        return {"backbone": "ResNet-12", "resnet_widths": widths}
+    for name, backbone in (("encoder.0.block.0.weight", "conv64"), ("block1.0.weight", "R2D2Net")):
+        if name in given:
+            return {"backbone": backbone}
+    raise UserError("these are not the weights of a MetaOptNet embedding: ProtoNet's, R2D2's or ResNet-12's")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from utils import metaoptnet
 from utils.errors import UserError
 from utils.names import canonical_name
 
@@ -21,14 +22,27 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def opt(default: T, meaning: str, choices: Sequence[str] = ()) -> T:
-    """A dataclass field that carries its meaning, which the command line's help prints."""
-    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
+def opt(default: T, meaning: str, choices: Sequence[str] = (), aliases: Mapping[str, str] | None = None) -> T:
+    """A dataclass field that carries its meaning, which the command line's help prints.
+
+    `aliases` are other programs' words for some of the choices.
+    """
+    return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices, "aliases": aliases or {}})
 
 
 @dataclasses.dataclass
 class Options:
-    """Resolved options of one run. Construct through `parse_args` or `from_object`; both validate."""
+    """Resolved options of one run. Construct through `parse_args`, `from_object` or `from_mapping`; all validate.
+
+    The defaults are those of a gradient learner; `utils.metaoptnet` holds what differs with ``learner`` = head.
+    """
+
+    learner: str = opt(
+        "gradient",
+        "gradient: inner gradient steps (MAML, CxGrad); head: a base learner solved in each task (MetaOptNet). "
+        "Naming a --head without gradient steps' options chooses the latter",
+        ("gradient", "head"),
+    )
 
     # --- data -------------------------------------------------------------------------------------------------
     dataset_name: str = opt("mini_imagenet", "data set to train on: a folder under dataset_dir, or a built-in one")
@@ -38,9 +52,11 @@ class Options:
     image_channels: int = opt(3, "3 = RGB, 1 = grey")
     normalization: str = opt(
         "unit",
-        "unit: pixels scaled to [0, 1]; channel: then each channel shifted and scaled by the train split's statistics",
-        ("unit", "channel"),
+        "unit: pixels scaled to [0, 1]; channel: then each channel shifted and scaled by the train split's statistics; "
+        "published: by MetaOptNet's for this data set",
+        ("unit", "channel", "published"),
     )
+    augment: bool = opt(False, "training images are cropped at random, colour-jittered and flipped, as MetaOptNet's")
     skip_bad_images: bool = opt(False, "leave out images that cannot be read, with a warning, instead of stopping")
     num_dataprovider_workers: int | None = opt(
         None, "processes that decode a data set's images once; default: all cores"
@@ -50,6 +66,10 @@ class Options:
     num_classes_per_set: int = opt(5, "way: classes in a task")
     num_samples_per_class: int = opt(1, "shot: support images per class")
     num_target_samples: int = opt(15, "query images per class")
+    test_way: int | None = opt(None, "way in validation and test, where there is a head; default: as in training")
+    val_shot: int | None = opt(None, "shot in validation and test; default: as in training")
+    val_query: int | None = opt(None, "query images per class in validation and test; default: as in training")
+    test_shots: str | None = opt(None, "shots to meta-test with, such as 1,5; default: that of validation")
     batch_size: int = opt(4, "tasks in a training meta-batch, over all devices together")
     test_batch_size: int | None = opt(None, "tasks in a validation or test meta-batch; default: batch_size")
     tasks_per_pass: int | None = opt(
@@ -63,8 +83,20 @@ class Options:
     val_seed: int = opt(0, "seed of the (separate) streams of validation and test tasks")
 
     # --- network ----------------------------------------------------------------------------------------------
-    backbone: str = opt("4-CONV", "network that adapts", ("4-CONV", "ResNet-12"))
+    backbone: str = opt(
+        "4-CONV",
+        "gradient: network that adapts, 4-CONV or ResNet-12; head: embedding, conv64, R2D2Net or ResNet-12",
+        ("4-CONV", "ResNet-12", "conv64", "R2D2Net"),
+        {"ProtoNet": "conv64", "R2D2": "R2D2Net", "ResNet": "ResNet-12"},
+    )
     resnet_widths: str = opt("64-128-256-512", "ResNet-12: channels of its blocks")
+    avg_pool: bool = opt(False, "head: ResNet-12 averages its last map")
+    dropblock_schedule: str = opt(
+        "training",
+        "head: what DropBlock's rate grows with. training: forward passes in training; official: also those in "
+        "evaluation, as the official program counts",
+        ("training", "official"),
+    )
     cnn_num_filters: int = opt(48, "filters of every convolution")
     num_stages: int = opt(4, "convolution blocks")
     conv_padding: bool = opt(True, "pad convolutions by one pixel")
@@ -99,36 +131,70 @@ class Options:
     num_context_params: int = opt(100, "CxGrad: length of the context vector")
     context_params_learning_rate: float = opt(1.0, "CxGrad: step size of the context vector")
 
+    # --- head -------------------------------------------------------------------------------------------------
+    head: str | None = opt(
+        None,
+        "base learner on the embeddings of a task; default with --learner head: ProtoNet",
+        ("ProtoNet", "Ridge", "R2D2", "SVM-CS", "SVM-He", "SVM-WW"),
+        {"SVM": "SVM-CS"},
+    )
+    svm_solver: str = opt(
+        "structured",
+        "SVM-CS: structured: exact, in float64; qpth: the interior-point package that the paper used, in float32",
+        ("structured", "qpth"),
+    )
+    svm_max_iter: int | None = opt(
+        None, "qpth: iterations at most [15]; MetaOptNet's test program stops after 3, which scores differently"
+    )
+    svm_on_failure: str = opt(
+        "error",
+        "what a task does whose SVM was not solved: error: it is left out of the update and the run stops; "
+        "skip: it is left out and counted; use: it counts as it is",
+        ("error", "skip", "use"),
+    )
+
     # --- outer loop -------------------------------------------------------------------------------------------
     second_order: bool = opt(True, "differentiate through the inner gradients")
     first_order_to_second_order_epoch: int = opt(-1, "second order only in epochs after this one")
     use_multi_step_loss_optimization: bool = opt(False, "MSL (MAML++): weighted query loss after every inner step")
     multi_step_loss_num_epochs: int = opt(15, "MSL: epochs until only the last step counts")
-    meta_learning_rate: float = opt(0.001, "Adam's learning rate at the start")
+    meta_learning_rate: float = opt(0.001, "learning rate at the start, of Adam; head: of SGD")
     min_learning_rate: float = opt(0.001, "learning rate at the end of the cosine schedule; equal: constant")
+    outer_weight_decay: float = opt(0.0, "head: SGD's decay of every parameter")
+    label_smoothing: float = opt(0.0, "head: part of a training target that the other classes share")
+    precision: str = opt(
+        "float32",
+        "head: arithmetic of the embedding; tf32: its convolutions on a GPU in TF32; bf16: autocast to bfloat16",
+        ("float32", "tf32", "bf16"),
+    )
     clamp_outer_gradients: float = opt(0.0, "limit of each entry of the network's outer gradient (MAML++: 10); 0: none")
     lr_schedule: str | None = opt(
         None,
         "cosine stepped per_epoch (MAML++) or per_iteration with total_epochs iterations as half period, as the "
-        "official CxGrad program does; default: per_iteration with contextual_grad, else per_epoch",
-        ("per_epoch", "per_iteration"),
+        "official CxGrad program does; default: per_iteration with contextual_grad, else per_epoch. head: steps: times "
+        "0.06, 0.012, 0.0024 after 20, 40, 50 epochs; steps_official: one epoch early, as the official program",
+        ("per_epoch", "per_iteration", "steps", "steps_official"),
     )
 
     # --- experiment -------------------------------------------------------------------------------------------
     experiment_name: str = opt("experiment", "results go to experiments_dir/DATASET_NwayKshot/experiment_name")
     experiments_dir: str = opt("experiments", "folder that holds all results")
+    save_path: str | None = opt(None, "folder of results instead; its checkpoints lie directly in it")
     seed: int = opt(104, "seed of the initial weights")
     total_epochs: int = opt(100, "epochs; each ends with a validation and a checkpoint")
     total_iter_per_epoch: int = opt(500, "training iterations in an epoch")
     num_evaluation_tasks: int = opt(600, "tasks of a validation or test")
     max_models_to_save: int = opt(5, "epoch checkpoints kept: the best by validation accuracy")
+    save_epoch: int = opt(0, "keep the checkpoint of every so many epochs as well; 0: of none")
     top_n_models: int = opt(5, "checkpoints whose logits the ensemble test averages")
     continue_from_epoch: str = opt(
         "latest",
         "latest; from_scratch; or the number of a kept epoch. The last two hold each time the command is given",
     )
     evaluate_on_test_set_only: bool = opt(False, "no training: meta-test the checkpoints of this experiment")
-    test_dataset: str | None = opt(None, "data set to meta-test on; default: dataset_name")
+    test_datasets: str | None = opt(
+        None, "data sets to meta-test on, such as CUB or CUB,glyphs,digits; default: dataset_name"
+    )
     gpu: str | None = opt(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
     dry_run: bool = opt(False, "two tiny iterations of everything on made-up images, in a folder that is then removed")
     name_of_args_json_file: str | None = opt(None, "JSON file of options; the command line wins over it")
@@ -148,6 +214,8 @@ class Options:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := [name for name in values if name not in fields]:
             raise UserError(f"{origin}: " + "; ".join(unknown_name(name, fields) for name in unknown))
+        if values.get("learner") == "head":
+            values = metaoptnet.defaults(values) | dict(values)
         options = cls(**{name: _convert(fields[name], value) for name, value in values.items()})
         options.validate()
         return options
@@ -175,6 +243,7 @@ class Options:
                 f"--number_of_evaluation_steps_per_iter {self.number_of_evaluation_steps_per_iter} has none for the "
                 "extra steps; use at most as many steps in evaluation"
             )
+        self._validate_learner()
         self._validate_rules()
         if self.continue_from_epoch not in ("latest", "from_scratch") and not self.continue_from_epoch.isdigit():
             raise UserError(f"--continue_from_epoch is {self.continue_from_epoch!r}: latest, from_scratch or a number")
@@ -189,6 +258,45 @@ class Options:
                 f"--min_learning_rate {self.min_learning_rate:g} is above --meta_learning_rate "
                 f"{self.meta_learning_rate:g}; the schedule goes from the latter down to the former"
             )
+
+    def _validate_learner(self) -> None:
+        """Raise UserError for options of one kind of learner given to the other, which would not heed them."""
+        heads = self.learner == "head"
+        usual = Options.__dataclass_fields__
+        foreign = [
+            name for name in (_OF_GRADIENT if heads else _OF_HEADS) if getattr(self, name) != usual[name].default
+        ]
+        if foreign:
+            other = "gradient" if heads else "head"
+            raise UserError(f"--{foreign[0]} has no effect with --learner {self.learner}; it belongs to {other}")
+        for name, allowed in (_HEAD_CHOICES if heads else _GRADIENT_CHOICES).items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(map(str, filter(None, allowed)))
+                raise UserError(
+                    f"--{name} is {getattr(self, name)}; with --learner {self.learner} it is one of {words}"
+                )
+        way = self.num_classes_per_set
+        if self.head and not heads and not self.evaluate_on_test_set_only:
+            raise UserError(
+                "--learner gradient is tested with a --head, not trained with one; train with --learner head"
+            )
+        if self.head is None and self.test_way not in (None, way):
+            raise UserError(
+                f"the network classifies {way} ways with a linear layer, so it cannot be tested with {self.test_way}; "
+                "a head can: --head Ridge, for example"
+            )
+        if not 0 <= self.label_smoothing <= (way - 1) / way:
+            raise UserError(
+                f"--label_smoothing is {self.label_smoothing}; with {way} ways it is from 0 to {(way - 1) / way:g}"
+            )
+        if self.svm_solver == "qpth" and self.head not in ("SVM-CS", None):
+            raise UserError(f"--svm_solver qpth solves --head SVM-CS only, not {self.head}")
+        if self.svm_max_iter is not None and self.svm_solver != "qpth":
+            raise UserError("--svm_max_iter limits --svm_solver qpth only; the structured solver is exact")
+        if self.normalization == "published" and metaoptnet.published_statistics(self.dataset_name) is None:
+            raise UserError(f"no pixel statistics of {self.dataset_name} are published; use --normalization channel")
+        if not all(shot.isdigit() and int(shot) for shot in (self.test_shots or "1").split(",")):
+            raise UserError(f"--test_shots is {self.test_shots!r}; it takes numbers such as 1,5")
 
     def _validate_rules(self) -> None:
         """Raise UserError for inner-loop rules that do not go together, with the reason."""
@@ -242,6 +350,38 @@ class Options:
             raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes numbers such as 64-128-256-512")
 
     @property
+    def training_task(self) -> tuple[int, int, int]:
+        """(way, shot, query) in training."""
+        return self.num_classes_per_set, self.num_samples_per_class, self.num_target_samples
+
+    @property
+    def evaluation_task(self) -> tuple[int, int, int]:
+        """(way, shot, query) in validation and test."""
+        given = (self.test_way, self.val_shot, self.val_query)
+        way, shot, query = (other or own for other, own in zip(given, self.training_task, strict=True))
+        return way, shot, query
+
+    @property
+    def test_dataset_list(self) -> list[str]:
+        return [name.strip() for name in (self.test_datasets or self.dataset_name).split(",")]
+
+    @property
+    def test_shot_list(self) -> list[int]:
+        return [int(shot) for shot in self.test_shots.split(",")] if self.test_shots else [self.evaluation_task[1]]
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """What the head is called with."""
+        if self.head != "SVM-CS":
+            return {}
+        return {"solver": self.svm_solver} | ({"max_iter": self.svm_max_iter} if self.svm_max_iter else {})
+
+    @property
+    def crop_padding(self) -> int:
+        """Pixels that a random crop may be off; MetaOptNet has 4 at 32 pixels and 8 at 84."""
+        return 8 if self.image_height >= 64 else 4
+
+    @property
     def turns_classes(self) -> bool:
         """Whether training tasks turn their classes."""
         return canonical_name(self.dataset_name) == "omniglot" if self.rotate_classes is None else self.rotate_classes
@@ -270,13 +410,42 @@ class Options:
         return self.test_batch_size or self.batch_size
 
 
+# What the other kind of learner does not heed.
+_OF_GRADIENT = (
+    *("cnn_num_filters", "num_stages", "conv_padding", "max_pooling", "use_bias", "per_step_bn_statistics"),
+    *("learnable_bn_gamma", "learnable_bn_beta", "tasks_per_pass", "checkpoint_inner_steps"),
+    *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter", "init_inner_loop_learning_rate"),
+    *("inner_loop_part", "learnable_per_layer_per_step_inner_loop_learning_rate", "meta_sgd", "alfa", "random_init"),
+    *("init_inner_loop_weight_decay", "attenuate", "enable_inner_loop_optimizable_bn_params", "contextual_grad"),
+    *("num_context_params", "context_params_learning_rate", "second_order", "first_order_to_second_order_epoch"),
+    *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs", "clamp_outer_gradients"),
+)
+_OF_HEADS = (*("avg_pool", "dropblock_schedule", "outer_weight_decay", "label_smoothing", "precision"),)
+_HEAD_CHOICES = {
+    "backbone": ("conv64", "R2D2Net", "ResNet-12"),
+    "batch_norm": ("running",),
+    "lr_schedule": ("steps", "steps_official"),
+}
+_GRADIENT_CHOICES = {
+    "backbone": ("4-CONV", "ResNet-12"),
+    "lr_schedule": (None, "per_epoch", "per_iteration"),
+}
 _RATES = (
     *("init_inner_loop_learning_rate", "init_inner_loop_weight_decay", "context_params_learning_rate"),
-    *("meta_learning_rate", "min_learning_rate", "clamp_outer_gradients"),
+    *("meta_learning_rate", "min_learning_rate", "clamp_outer_gradients", "outer_weight_decay"),
 )
 _AT_LEAST_ONE = (
     *("image_height", "image_width", "num_classes_per_set", "num_samples_per_class", "num_target_samples"),
-    *("batch_size", "test_batch_size", "tasks_per_pass", "num_dataprovider_workers"),
+    *(
+        "test_way",
+        "val_shot",
+        "val_query",
+        "svm_max_iter",
+        "batch_size",
+        "test_batch_size",
+        "tasks_per_pass",
+        "num_dataprovider_workers",
+    ),
     *("cnn_num_filters", "num_stages", "num_context_params", "multi_step_loss_num_epochs"),
     *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter"),
     *("total_epochs", "total_iter_per_epoch", "num_evaluation_tasks", "max_models_to_save", "top_n_models"),
@@ -294,7 +463,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     values = vars(given)
     file = values.get("name_of_args_json_file")
     from_file = read_json(Path(file)) if file not in (None, "None") else {}
-    return Options.from_mapping({**from_file, **values})
+    values = {**from_file, **values}
+    if values.get("head") not in (None, "None") and not values.keys() & set(_OF_GRADIENT):
+        values.setdefault("learner", "head")
+    return Options.from_mapping(values)
+
+
+# Other spellings of options on the command line; '-' is as good as '_' in all of them.
+ALIASES = metaoptnet.FLAGS | {"test_dataset": "test_datasets"}
 
 
 def command_line_parser() -> argparse.ArgumentParser:
@@ -305,7 +481,9 @@ def command_line_parser() -> argparse.ArgumentParser:
     )
     for field in dataclasses.fields(Options):
         help_text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=help_text, metavar=_type_name(field))
+        names = [field.name, *(flag for flag, name in ALIASES.items() if name == field.name)]
+        spelt = [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names if "_" in name]
+        parser.add_argument(*spelt, dest=field.name, help=help_text, metavar=_type_name(field))
     return parser
 
 
@@ -379,6 +557,7 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
     if field.metadata["choices"]:
+        converted = field.metadata["aliases"].get(converted, converted)
         converted = {_folded(choice): choice for choice in field.metadata["choices"]}.get(
             _folded(str(converted)), converted
         )

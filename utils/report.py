@@ -57,17 +57,19 @@ class Result(NamedTuple):
     way: int
     shot: int
     query: int
-    steps: int
+    steps: int | None  # of the inner loop
     batch_norm: str
     seed: int
     trained_on: str
+    head: str | None = None
 
     @property
     def protocol(self) -> str:
+        method = f"{self.head} head" if self.head else f"{self.steps} inner steps"
         return (
             f"Meta-test: {self.episodes:,} episodes of the {self.split} split, "
             f"{self.way}-way {self.shot}-shot, {self.query} query images per class,\n"
-            f"{self.steps} inner steps, {self.batch_norm} batch norm, seed {self.seed}; "
+            f"{method}, {self.batch_norm} batch norm, seed {self.seed}; "
             f"chance level {100 / self.way:.2f} %"
         )
 
@@ -107,7 +109,10 @@ def read_results(folder: Path) -> list[Result]:
     if not path.is_file():
         return []
     with _damage_named(path):
-        return [Result(*(entry[name] for name in Result._fields)) for entry in json.loads(path.read_text())]
+        return [
+            Result(**{name: entry[name] for name in Result._fields if name != "head" or name in entry})
+            for entry in json.loads(path.read_text())
+        ]
 
 
 def read_episode(folder: Path) -> tuple[str, Episode] | None:
