@@ -1,4 +1,4 @@
-"""Our numbers for every recorded array of MetaOptNet's heads, and their errors. Run as a script, it prints the table.
+"""Our numbers for the recorded arrays of MetaOptNet, and their errors. Run as a script, it prints the table.
 
     python tests/golden_metaoptnet.py
 
@@ -6,8 +6,11 @@ An error is max|ours - recorded| / max|recorded| of an array; of duals it is max
 are float64 solutions of the heads' mathematical problems by other means, see the golden README.
 """
 
+import importlib.util
+import itertools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from classification_heads import ClassificationHead, Episode, one_hot_of_ranks
+from learner import cross_entropy
+from meta_neural_network_architectures import DropBlock, ProtoNetConv64, R2D2Net, ResNet12Embedding
 from qp_solvers import solve_crammer_singer
+from utils.metaoptnet import learning_rate
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "metaoptnet"
 CASES = ("5w1s", "5w5s", "3w4s")
@@ -29,6 +35,11 @@ EXACT: dict[str, dict[str, dict[str, Any]]] = {  # head -> suffix of the arrays 
     "SVM-He": {"tiled_exact": {}},
     "SVM-WW": {"symmetric_exact": {}},
 }
+SMALL: dict[str, Callable[[tuple[int, int, int]], torch.nn.Module]] = {
+    "protonet_small": lambda shape: ProtoNetConv64(shape, (8, 8, 8, 8)),
+    "r2d2_small": lambda shape: R2D2Net(shape, (8, 12, 16, 20)),
+}
+CONV1 = "layer1.0.conv1.weight"
 QPTH = {
     f"{precision}_it{passes}": (precision == "f64", passes) for precision in ("f32", "f64") for passes in (3, 15, 20)
 }
@@ -93,7 +104,85 @@ def table() -> Iterator[str]:
                     yield f"{head:9} {suffix:16} {case}  {str(dtype).removeprefix('torch.')}  {shown}"
 
 
+def recipes() -> Any:
+    """The golden folder's own module, which remakes the recorded inputs and weights."""
+    spec = importlib.util.spec_from_file_location("recipes", GOLDEN / "recipes.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resnet12(size: int, dtype: torch.dtype) -> ResNet12Embedding:
+    """With the recorded weights."""
+    listed = json.loads((GOLDEN / "state_dicts.json").read_text())["ResNet12"]["state_dict"]
+    weights = recipes().fill_state([(name, shape) for name, shape, _ in listed], 3001)
+    network = ResNet12Embedding((3, size, size))
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return network.to(dtype)
+
+
+def evaluated() -> Iterator[tuple[str, float]]:
+    """Features in evaluation, float32."""
+    for size in (32, 84):
+        recorded = np.load(GOLDEN / f"resnet12_eval_{size}.npz")
+        images = torch.from_numpy(recipes().images(int(recorded["input_seed"]), 2, size))
+        with torch.no_grad():
+            features = resnet12(size, torch.float32).eval()(images)
+        yield f"ResNet-12 {size} px, float32: features", relative_error(features.numpy(), recorded["embedding"])
+    for name, build in SMALL.items():
+        recorded = np.load(GOLDEN / f"{name}.npz")
+        state = {key.removeprefix("state/"): torch.from_numpy(recorded[key]) for key in recorded if "state/" in key}
+        for size in (32, 84):
+            network = build((3, size, size)).eval()
+            network.load_state_dict(state)
+            features = network(torch.from_numpy(recipes().images(int(recorded[f"input_seed_{size}"]), 2, size)))
+            error = relative_error(features.detach().numpy(), recorded[f"embedding_eval_{size}"])
+            yield f"{name} {size} px, float32: features", error
+
+
+def trained() -> Iterator[tuple[str, float]]:
+    """ResNet-12 in training mode without drop, float64."""
+    recorded = np.load(GOLDEN / "resnet12_train_nodrop_32.npz")
+    network = resnet12(32, torch.float64).train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout | DropBlock):
+            module.eval()
+    images = torch.from_numpy(recipes().images(int(recorded["input_seed"]), 4, 32)).double().requires_grad_()
+    matrix = np.random.RandomState(int(recorded["weight_matrix_seed"])).randn(4, 2560).astype(np.float32)
+    features = network(images)
+    (features * torch.from_numpy(matrix)).sum().backward()
+    found = {"embedding": features, "grad_input": images.grad, "grad_conv1": network.get_parameter(CONV1).grad}
+    for name, tensor in found.items():
+        assert tensor is not None
+        error = relative_error(tensor.detach().numpy(), recorded[f"{name}_f64"])
+        yield f"ResNet-12 32 px training, float64: {name}", error
+
+
+def recipe() -> Iterator[tuple[str, float]]:
+    """Loss, its gradient, learning rates, DropBlock's rates."""
+    recorded = np.load(GOLDEN / "loss_lr.npz")
+    for smoothing in (0.0, 0.1, 0.2):
+        logits = torch.tensor(recorded["logits"], requires_grad=True)
+        loss = cross_entropy(logits, torch.tensor(recorded["labels"]), smoothing).mean()
+        loss.backward()
+        assert logits.grad is not None
+        yield f"loss, smoothing {smoothing}", relative_error(loss.detach().numpy(), recorded[f"loss_eps{smoothing}"])
+        yield f"its gradient, {smoothing}", relative_error(logits.grad.numpy(), recorded[f"grad_eps{smoothing}"])
+    rates = np.array([learning_rate(0.1, epoch, official=True) for epoch in range(60)])
+    yield "learning rates of 60 epochs", relative_error(rates, recorded["lr_per_epoch_1_to_60"])
+    rows = np.load(GOLDEN / "dropblock.npz")["gamma_table"]
+    gammas = []
+    for block_size, side, forwards, _ in rows:
+        drop = DropBlock(int(block_size))
+        drop.forwards.fill_(int(forwards))
+        gammas.append(drop.gamma(int(side), int(side)).item())
+    yield "DropBlock's gamma", relative_error(np.array(gammas), rows[:, 3])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in table():
         print(line)
+    for name, error in itertools.chain(evaluated(), trained(), recipe()):
+        print(f"{name:50} {error:.1e}")
