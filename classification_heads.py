@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from qp_solvers import solve_box, solve_crammer_singer, solve_crammer_singer_qpth
+from qp_solvers import Factors, adjoint, crammer_singer, search, solve_box, solve_crammer_singer_qpth
 from utils.errors import UserError
 
 
@@ -101,8 +102,8 @@ def _option_names(learner: Callable[..., Scores]) -> list[str]:
 def one_hot_of_ranks(labels: Tensor, way: int) -> Tensor:
     """Class ids (tasks, n), any integers -> (tasks, n, way) float64; the k-th smallest id of a task is column k."""
     ordered, order = labels.sort(1)
-    steps = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).to(ordered.dtype)], 1)
-    ranks = torch.zeros_like(labels).scatter(1, order, steps.cumsum(1))
+    steps = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+    ranks = torch.zeros_like(order).scatter(1, order[:, 1:], steps)
     if labels.device.type == "cpu" and bool((ranks.amax(1) != way - 1).any()):
         found = sorted(set((ranks.amax(1) + 1).tolist()))
         raise UserError(f"n_way is {way}, but the support of a task has {found} classes: pass the labels' own number.")
@@ -124,14 +125,15 @@ class Episode(NamedTuple):
 
     def kernel(self) -> Tensor:
         """Inner products of the support embeddings, (tasks, n, n) float64."""
-        return _Kernel.apply(self.support)
+        support = self.support.double()
+        return support @ support.mT
 
     def decide(self, coefficients: Tensor) -> Tensor:
         """Logits K(query, support) coefficients, (tasks, n_query, way), by way of the classes' weights X' coefficients.
 
         That is (n_query + n) * d * way products, not n_query * n * d.
         """
-        return _Products.apply(self.query, _Weights.apply(coefficients, self.support))
+        return _Products.apply(self.query, coefficients.mT.to(self.support.dtype) @ self.support)
 
 
 class _Products(torch.autograd.Function):
@@ -146,48 +148,6 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         return gradient @ right, gradient.mT @ left
-
-
-class _Kernel(torch.autograd.Function):
-    """X X', where float32 products see only what is left of X without its mean over the support.
-
-    Embeddings of a real, all-positive network share one large component: one eigenvalue of their kernel is hundreds of
-    times the rest, and products of float32 embeddings as they are would cost two digits of the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, support: Tensor) -> Tensor:
-        ctx.save_for_backward(support)
-        rest, centre = _without_mean(support)
-        shift = (rest @ centre.mT).double() + centre.double().square().sum(2, keepdim=True) / 2
-        return (rest @ rest.mT).double() + (shift + shift.mT)  # (tasks, n, n) + (tasks, n, 1) + (tasks, 1, n)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (support,) = ctx.saved_tensors
-        return (gradient + gradient.mT).to(support.dtype) @ support
-
-
-class _Weights(torch.autograd.Function):
-    """A' X; the gradient of A is formed like `_Kernel`, for the same reason."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, support: Tensor) -> Tensor:
-        coefficients = coefficients.to(support.dtype)
-        ctx.save_for_backward(coefficients, support)
-        return coefficients.mT @ support
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        coefficients, support = ctx.saved_tensors
-        rest, centre = _without_mean(support)
-        shift = centre.double() @ gradient.double().mT  # (tasks, 1, way)
-        return (rest @ gradient.mT).double() + shift, coefficients @ gradient
-
-
-def _without_mean(support: Tensor) -> tuple[Tensor, Tensor]:
-    centre = support.mean(1, keepdim=True)
-    return support - centre, centre
 
 
 def episode_of(query: Tensor, support: Tensor, one_hot: Tensor) -> Episode:
@@ -243,11 +203,57 @@ def svm_cs(
 ) -> Scores:
     """Multi-class SVM of Crammer and Singer 2001, MetaOptNet's main head."""
     if solver == "qpth":
-        solution = solve_crammer_singer_qpth(episode.kernel(), episode.one_hot, C_reg, max_iter or 15, double_precision)
-    else:
-        _require_structured(solver, max_iter)
-        solution = solve_crammer_singer(episode.kernel(), episode.one_hot, C_reg)
-    return Scores(episode.decide(solution.dual), solution.residual)
+        support = episode.support.double() if double_precision else episode.support
+        solution = solve_crammer_singer_qpth(
+            support @ support.mT, episode.one_hot, C_reg, max_iter or 15, double_precision
+        )
+        return Scores(episode.decide(solution.dual), solution.residual)
+    _require_structured(solver, max_iter)
+    weights, residual = _ClassWeights.apply(episode.support, episode.one_hot, C_reg)
+    return Scores(_Products.apply(episode.query, weights), residual)
+
+
+class _ClassWeights(torch.autograd.Function):
+    """A'X for the dual A of Crammer and Singer's problem with the kernel X X', and the residual of A.
+
+    float32 products see only what is left of X without its mean over the support, and the mean itself as one more row.
+    Embeddings of a real, all-positive network share one large component: one eigenvalue of their kernel is hundreds of
+    times the rest, and products of float32 embeddings as they are would cost two digits of the logits.
+
+    The gradient of the kernel, -(V'A + A'V) / 2, is of rank 2 way: multiplied with X from the right, it is never formed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, support: Tensor, one_hot: Tensor, C_reg: float) -> tuple[Tensor, Tensor]:
+        centre = support.mean(1, keepdim=True)
+        points = torch.cat([support - centre, centre], 1)  # (tasks, n + 1, d)
+        kernel = _with_last(_with_last((points @ points.mT).double()).mT)
+        problem = crammer_singer(kernel, one_hot, C_reg)
+        state = search(problem)
+        weights = _and_sum(state.x, points) @ points  # (tasks, way, d)
+        ctx.problem = problem
+        ctx.save_for_backward(points, weights, state.x, *state.factors)
+        ctx.mark_non_differentiable(state.residual)
+        return weights, state.residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        points, weights, x, *factors = ctx.saved_tensors
+        v = adjoint(ctx.problem, Factors(*factors), _with_last((points @ gradient.mT).mT.double()))
+        by_weights = torch.baddbmm(gradient, _and_sum(v, points), points, alpha=-1)
+        left = torch.cat([x, -v], 1).to(points.dtype)  # (tasks, 2 way, n)
+        return left.mT @ torch.cat([by_weights, weights], 1), None, None
+
+
+def _with_last(products: Tensor) -> Tensor:
+    """Products with n points less a mean, then with the mean -> with the points themselves (..., n)."""
+    return products[..., :-1] + products[..., -1:]
+
+
+def _and_sum(coefficients: Tensor, points: Tensor) -> Tensor:
+    """Coefficients (tasks, way, n) of points -> those of the points less their mean and of the mean, in their type."""
+    return torch.cat([coefficients, coefficients.sum(2, keepdim=True)], 2).to(points.dtype)
 
 
 def _require_structured(solver: str, max_iter: int | None = None) -> None:

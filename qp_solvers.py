@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from utils.errors import UserError
 
 ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 6
+GUESSING_STEPS = 4  # before the first round
 BARRIER_STEPS = 12  # of the interior point; more gain nothing that the active set does not get exactly
 FIXED_BARRIER_STEPS, FIXED_ROUNDS = 12, 5  # where the host may not look: the interior point first, then the active set
 CENTRED = 1e-12  # relative gap of slacks and multipliers at which the interior point stops
@@ -44,15 +45,13 @@ class Problem(NamedTuple):
     """Minimise the sum over blocks b of 1/2 x_b'H x_b - linear_b'x_b within bounds; the blocks may have to sum to 0."""
 
     hessian: Tensor  # (tasks, n, n), shared by the blocks
-    linear: Tensor  # (tasks, blocks, n)
+    linear: Tensor  # (tasks, blocks, n); one-hot where the rows sum to 0
     lower: Tensor  # (tasks, blocks, n), 0 or -inf
     upper: Tensor  # (tasks, blocks, n)
-    inside: Tensor  # (tasks, blocks, n), a strictly feasible point (but for entries with lower = upper)
     rows_sum_to_zero: bool
 
     def of_tasks(self, index: Tensor) -> "Problem":
-        hessian, linear, lower, upper, inside = (t[index] for t in self[:5])
-        return Problem(hessian, linear, lower, upper, inside, self.rows_sum_to_zero)
+        return Problem(*(t[index] for t in self[:4]), self.rows_sum_to_zero)
 
     def descent(self, x: Tensor) -> Tensor:
         """Negative gradient of the objective."""
@@ -84,7 +83,6 @@ def crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float) -> Problem:
         linear=target,
         lower=torch.full_like(target, -torch.inf),
         upper=C_reg * target,
-        inside=C_reg / 2 * (target - (1 - target) / max(target.shape[1] - 1, 1)),
         rows_sum_to_zero=True,
     )
 
@@ -99,7 +97,7 @@ def solve_box(hessian: Tensor, linear: Tensor, upper: Tensor, fixed: bool | None
         linear, upper: (tasks, n); an entry with an upper bound of 0 stays 0.
     """
     target, high = linear.double().unsqueeze(1), upper.double().unsqueeze(1)
-    problem = Problem(hessian.double(), target, torch.zeros_like(high), high, inside=high / 2, rows_sum_to_zero=False)
+    problem = Problem(hessian.double(), target, torch.zeros_like(high), high, rows_sum_to_zero=False)
     solution = _solve(problem, fixed)
     return solution._replace(dual=solution.dual.squeeze(1))
 
@@ -148,21 +146,15 @@ def _qp_function() -> Any:
 
 
 def _solve(problem: Problem, fixed: bool | None) -> QPSolution:
-    fixed = problem.hessian.device.type != "cpu" if fixed is None else fixed
     constant = problem._replace(hessian=problem.hessian.detach())
     return QPSolution(*_Solve.apply(problem.hessian, constant, fixed))
 
 
 class _Solve(torch.autograd.Function):
-    """Dual, residual and iterations of a problem, differentiable with respect to its Hessian.
-
-    On the free entries F and with multipliers nu of the row sums, H_FF x_F + nu = linear_F - H_FU x_U and sum_b x = 0
-    hold in a neighbourhood of a problem whose bounds are strictly active or inactive. Hence, for v the solution of the
-    same system with the incoming gradient on the right, dL/dH = -sum_b v_b x_b', here made symmetric.
-    """
+    """Dual, residual and iterations of a problem, differentiable with respect to its Hessian."""
 
     @staticmethod
-    def forward(ctx: Any, hessian: Tensor, problem: Problem, fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hessian: Tensor, problem: Problem, fixed: bool | None) -> tuple[Tensor, Tensor, Tensor]:
         state = search(problem, fixed)
         ctx.problem = problem
         ctx.save_for_backward(state.x, *state.factors)
@@ -174,11 +166,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         x, *saved = ctx.saved_tensors
         factors = Factors(*saved)
-        v, _nu = solve_free(factors, gradient, 0.0)
-        if not ctx.problem.rows_sum_to_zero:
-            v, _slope = refine(ctx.problem._replace(linear=gradient), factors, v)
-        v = v.where(factors.free > 0, 0)  # a lost task's factors need not be finite
-        outer = v.mT @ x
+        outer = adjoint(ctx.problem, factors, gradient).mT @ x
         return -(outer + outer.mT) / 2, None, None
 
 
@@ -186,21 +174,11 @@ class _Solve(torch.autograd.Function):
 
 
 class Factors(NamedTuple):
-    """A Newton system on the free entries, ready to solve: W = free * (inverse - reduced'reduced) * free inverts it."""
+    """A Newton system on the free entries, ready to solve."""
 
     free: Tensor  # (tasks, blocks, n), 1 or 0
-    inverse: Tensor  # (tasks, blocks, n, n), or (tasks, 1, n, n) for an inverse that the blocks share
-    reduced: Tensor  # (tasks, blocks, s, n); s may be 0
-    schur: Tensor  # (tasks, n, n), Cholesky factor of the sum of the blocks' W; (tasks, 0, 0) without row sums
-
-    def times(self, vectors: Tensor) -> Tensor:
-        """W vectors, (tasks, blocks, n)."""
-        vectors = vectors * self.free
-        shared = self.inverse.shape[1] == 1
-        product = vectors @ self.inverse[:, 0] if shared else _times(self.inverse, vectors)
-        if self.reduced.shape[2]:
-            product = product - _times(self.reduced.mT, _times(self.reduced, vectors))
-        return product * self.free
+    inverse: Tensor  # (tasks, blocks, n, n), of the free part of each block's matrix; elsewhere 0 but for rounding
+    schur: Tensor  # (tasks, n, n), Cholesky factor of the sum of the blocks' inverses; (tasks, 0, 0) without row sums
 
 
 def factorise(problem: Problem, free: Tensor, barrier: Tensor | None = None) -> Factors:
@@ -214,38 +192,38 @@ def factorise(problem: Problem, free: Tensor, barrier: Tensor | None = None) -> 
     diagonal += held if barrier is None else held + barrier * free
     inverse = inverse_of(system)
     inverse.diagonal(dim1=-2, dim2=-1).sub_(held)
-    schur = inverse.new_empty(len(inverse), 0, 0)
     if problem.rows_sum_to_zero:
-        total = inverse.new_ones(1, inverse.shape[1]) @ inverse.flatten(2)  # a sum over blocks, faster than sum()
-        schur = torch.linalg.cholesky_ex(total.view_as(problem.hessian)).L
-    return Factors(free, inverse, inverse.new_empty(*free.shape[:2], 0, free.shape[2]), schur)
+        return with_schur(free, inverse)
+    return Factors(free, inverse, inverse.new_empty(len(inverse), 0, 0))
 
 
-def factorise_from(inverse: Tensor, free: Tensor) -> Factors:
-    """The same from H's own `inverse` (tasks, n, n), by elimination of the held entries: cheap when they are few.
+def factorise_from(whole: Tensor, free: Tensor) -> Factors:
+    """The same from H's own inverse `whole` (tasks, n, n), by elimination of the held entries: cheap when they are few.
 
     Their largest number in a block is the size of the systems, and the host has to know it.
     """
     tasks, blocks, n = free.shape
-    held = (1 - free).sum(2, keepdim=True)  # (tasks, blocks, 1)
-    size = int(held.max())
-    where = free.sort(dim=2, stable=True).indices[:, :, :size]  # held entries first; blocks with fewer are padded
-    real = (torch.arange(size, device=free.device) < held).to(free.dtype)  # (tasks, blocks, size)
-    rows = inverse.gather(1, where.flatten(1).unsqueeze(2).expand(-1, -1, n)).view(tasks, blocks, size, n)
+    held = 1 - free
+    size = int(held.sum(2).max())
+    real, where = held.topk(size, sorted=False)  # (tasks, blocks, size), 1 for held entries, 0 for padding
+    first = torch.arange(0, tasks * n, n, device=free.device).view(-1, 1, 1)
+    rows = whole.flatten(0, 1).index_select(0, (where + first).flatten()).view(tasks, blocks, size, n)
     rows = rows * real.unsqueeze(3)
     corner = rows.gather(3, where.unsqueeze(2).expand(-1, -1, size, -1)) * real.unsqueeze(2)
     corner.diagonal(dim1=2, dim2=3).add_(1 - real)
     reduced = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(corner).L, rows, upper=False)
-    stacked = reduced.flatten(1, 2)
-    total = torch.baddbmm(inverse, stacked.mT, stacked, beta=blocks, alpha=-1)
-    return Factors(free, inverse.unsqueeze(1), reduced, torch.linalg.cholesky_ex(total).L)
+    return with_schur(free, whole.unsqueeze(1) - reduced.mT @ reduced)
+
+
+def with_schur(free: Tensor, inverse: Tensor) -> Factors:
+    return Factors(free, inverse, torch.linalg.cholesky_ex(inverse.sum(1)).L)
 
 
 def inverse_of(matrices: Tensor) -> Tensor:
     """Inverse of positive definite matrices; LAPACK's routine is fastest on the CPU but loops over a batch on CUDA."""
     lower = torch.linalg.cholesky_ex(matrices).L
     if lower.device.type == "cpu":
-        return torch.cholesky_inverse(lower)
+        return torch.cholesky_inverse(lower).mT  # symmetric, and contiguous this way
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     half = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return half.mT @ half
@@ -256,16 +234,30 @@ def solve_free(factors: Factors, right: Tensor, row_sums: Tensor | float) -> tup
 
     Where nothing is said of row sums, nu is 0.
     """
-    x = factors.times(right)
-    if not factors.schur.numel():
-        return x, torch.zeros_like(x[:, :1])
-    excess = x.sum(1) - row_sums  # (tasks, n)
-    nu = torch.cholesky_solve(excess.unsqueeze(-1), factors.schur).mT
-    return x - factors.times(nu.expand_as(x)), nu
+    free, inverse, schur = factors
+    x = _times(right * free, inverse)
+    if not schur.numel():
+        return x * free, torch.zeros_like(x[:, :1])
+    nu = torch.cholesky_solve((x.sum(1) - row_sums).unsqueeze(2), schur).mT
+    return (x - _times(nu, inverse)) * free, nu
 
 
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+def _times(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Each block's row times its matrix: a quarter of the time of a matrix times a column."""
+    return (rows.unsqueeze(2) @ matrices).squeeze(2)
+
+
+def adjoint(problem: Problem, factors: Factors, gradient: Tensor) -> Tensor:
+    """The v for which the gradient of H is -sum_b v_b x_b', made symmetric, if that of x is `gradient`.
+
+    On the free entries F and with multipliers nu of the row sums, H_FF x_F + nu = linear_F - H_FU x_U and sum_b x = 0
+    hold in a neighbourhood of a problem whose bounds are strictly active or inactive: v solves the same system with
+    the gradient on the right.
+    """
+    v, _nu = solve_free(factors, gradient, 0.0)
+    if not problem.rows_sum_to_zero:
+        v, _slope = refine(problem._replace(linear=gradient), factors, v)
+    return v.where(factors.free > 0, 0)  # a lost task's factors need not be finite
 
 
 def kkt_residual(problem: Problem, x: Tensor) -> Tensor:
@@ -276,16 +268,15 @@ def kkt_residual(problem: Problem, x: Tensor) -> Tensor:
     """
     product = x @ problem.hessian
     descent = problem.linear - product
-    if problem.rows_sum_to_zero:
-        descent = descent - descent.amin(1, keepdim=True)  # a row's multiplier is what its free entries share
     size = _size(x).clamp_min(1e-300)
     cancelling = _size(problem.hessian) * x.abs().sum(2).amax(1).view(-1, 1, 1)
-    slope = torch.stack([_size(product), _size(problem.linear), ROUNDING * cancelling]).amax(0)
-    moved = (x + descent / slope * size).clamp(problem.lower, problem.upper)
-    violation = ((moved - x) / size).abs().amax((1, 2))
+    slope = _size(torch.cat([product, problem.linear, ROUNDING * cancelling.expand_as(product)], 1))
     if problem.rows_sum_to_zero:
-        violation = torch.maximum(violation, (x.sum(1, keepdim=True) / size).abs().amax((1, 2)))
-    return violation.nan_to_num(nan=torch.inf)
+        descent = descent - descent.amin(1, keepdim=True)  # a row's multiplier is what its free entries share
+    violations = (x + descent * (size / slope)).clamp(problem.lower, problem.upper) - x
+    if problem.rows_sum_to_zero:
+        violations = torch.cat([violations, x.sum(1, keepdim=True)], 1)
+    return (_size(violations) / size).flatten().nan_to_num(nan=torch.inf)
 
 
 def _size(x: Tensor) -> Tensor:
@@ -304,15 +295,21 @@ class State(NamedTuple):
     factors: Factors
 
 
-def search(problem: Problem, fixed: bool) -> State:
-    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was."""
+def search(problem: Problem, fixed: bool | None = None) -> State:
+    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was.
+
+    Args:
+        fixed: run the same rounds for every task; by default everywhere but on the CPU.
+    """
+    fixed = problem.hessian.device.type != "cpu" if fixed is None else fixed
     if fixed:
         state = _from_the_inside(problem, FIXED_BARRIER_STEPS, FIXED_ROUNDS, fixed)
     else:
-        state = active_set(problem, (problem.lower == problem.upper).double(), ROUNDS, fixed)
+        state = active_set(problem, None, ROUNDS, fixed)
         lost = (state.residual > ACCEPTED).nonzero().squeeze(1)
-        if len(lost):
-            state = _insert(state, _from_the_inside(problem.of_tasks(lost), BARRIER_STEPS, ROUNDS, fixed), lost)
+        if not len(lost):
+            return state
+        state = _insert(state, _from_the_inside(problem.of_tasks(lost), BARRIER_STEPS, ROUNDS, fixed), lost)
     found = state.residual.isfinite().view(-1, 1, 1)
     factors = state.factors._replace(free=state.factors.free * found)
     return state._replace(x=state.x.where(found, 0), factors=factors)
@@ -335,25 +332,21 @@ def _insert(state: State, others: State, index: Tensor) -> State:
     def put(old: Tensor, new: Tensor) -> Tensor:
         return old.index_copy(0, index, new[better])
 
-    size = max(state.factors.reduced.shape[2], others.factors.reduced.shape[2])
-    old, new = (f._replace(reduced=_with_rows(f.reduced, size)) for f in (state.factors, others.factors))
-    x, residual, iterations = (put(*pair) for pair in zip(state[:3], others[:3], strict=True))
-    return State(x, residual, iterations, Factors(*(put(*pair) for pair in zip(old, new, strict=True))))
-
-
-def _with_rows(reduced: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(reduced, (0, 0, 0, size - reduced.shape[2]))
+    factors = Factors(*(put(*pair) for pair in zip(state.factors, others.factors, strict=True)))
+    return State(*(put(*pair) for pair in zip(state[:3], others[:3], strict=True)), factors)
 
 
 # --- active set ----------------------------------------------------------------------------------------------------
 
 
-def active_set(problem: Problem, side: Tensor, rounds: int, fixed: bool) -> State:
+def active_set(problem: Problem, side: Tensor | None, rounds: int, fixed: bool) -> State:
     """The state after at most `rounds` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
 
     A finished task repeats its last round, so that a round is one batch.
     """
     whole = inverse_of(problem.hessian) if problem.rows_sum_to_zero and not fixed else None
+    if side is None:
+        side = (problem.lower == problem.upper).double() if whole is None else guess_sides(problem, whole)
     iterations = torch.ones(len(side), dtype=torch.int64, device=side.device)
     for left in reversed(range(rounds)):
         free = (side == 0).double()
@@ -367,16 +360,33 @@ def active_set(problem: Problem, side: Tensor, rounds: int, fixed: bool) -> Stat
     return State(x, kkt_residual(problem, x), iterations, factors)
 
 
+def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
+    """Sides after a few gradient steps on the multipliers of the bounds, from H's inverse `whole`.
+
+    A step costs a tenth of a round, and they save up to two rounds.
+    """
+    scale = whole.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)  # of the largest eigenvalue, for safe steps
+    start = _centred(problem.linear) @ whole - problem.upper  # how far the solution without bounds exceeds them
+    excess, push = start, torch.zeros_like(start)
+    for _ in range(GUESSING_STEPS):
+        push = (push + excess).clamp_min(0)
+        excess = torch.baddbmm(start, _centred(push), whole / scale, alpha=-1)
+    return _next_sides(problem, excess + problem.upper, push)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
 def active_set_round(problem: Problem, side: Tensor, factors: Factors, fixed: bool) -> tuple[Tensor, Tensor]:
     """Solve with the entries of `side` held at their bounds: x, and the sides to try next."""
-    free = factors.free
     held = problem.upper * (side > 0)  # a lower bound that can hold an entry is 0
     moved, nu = solve_free(factors, problem.descent(held), -held.sum(1))
     x = held + moved
     slope = problem.descent(x) - nu
-    if fixed or not problem.rows_sum_to_zero or (slope * free).abs().max() > UNREFINED * problem.linear.max():
+    if fixed or not problem.rows_sum_to_zero or (slope * factors.free).abs().max() > UNREFINED:
         x, slope = refine(problem, factors, x)
-    return x, _next_sides(problem, x, slope * (1 - free))
+    return x, _next_sides(problem, x, slope * (1 - factors.free))
 
 
 def _next_sides(problem: Problem, x: Tensor, multiplier: Tensor) -> Tensor:
@@ -442,7 +452,10 @@ class Slacks(NamedTuple):
 def start_inside(problem: Problem) -> Barrier:
     force = _size(problem.linear).expand_as(problem.linear)
     below = force.where(problem.lower.isfinite(), 0)
-    return Barrier(problem.inside, torch.zeros_like(problem.linear[:, :1]), force, below)
+    inside = problem.upper / 2  # strictly, but for entries with lower = upper
+    if problem.rows_sum_to_zero:
+        inside = inside - (inside.sum(1, keepdim=True) - inside) / max(inside.shape[1] - 1, 1)
+    return Barrier(inside, torch.zeros_like(problem.linear[:, :1]), force, below)
 
 
 def slacks(problem: Problem, x: Tensor) -> Slacks:
