@@ -1,7 +1,7 @@
 """Base learners that MetaOptNet fits on the embeddings of one episode: closed-form and convex, differentiable through.
 
 Every head is a function of an `Episode`, the embeddings with a leading task dimension, and its own options. Kernels and
-all that is solved with them are float64, whatever the embeddings' type.
+all that is solved with them are float64, whatever the embeddings' type, unless qpth is to solve in float32.
 """
 
 import difflib
@@ -203,10 +203,8 @@ def svm_cs(
 ) -> Scores:
     """Multi-class SVM of Crammer and Singer 2001, MetaOptNet's main head."""
     if solver == "qpth":
-        support = episode.support.double() if double_precision else episode.support
-        solution = solve_crammer_singer_qpth(
-            support @ support.mT, episode.one_hot, C_reg, max_iter or 15, double_precision
-        )
+        support, one_hot = episode.support.double() if double_precision else episode.support, episode.one_hot
+        solution = solve_crammer_singer_qpth(support @ support.mT, one_hot, C_reg, max_iter or 15, double_precision)
         return Scores(episode.decide(solution.dual), solution.residual)
     _require_structured(solver, max_iter)
     weights, residual = _ClassWeights.apply(episode.support, episode.one_hot, C_reg)
@@ -216,17 +214,18 @@ def svm_cs(
 class _ClassWeights(torch.autograd.Function):
     """A'X for the dual A of Crammer and Singer's problem with the kernel X X', and the residual of A.
 
-    float32 products see only what is left of X without its mean over the support, and the mean itself as one more row.
-    Embeddings of a real, all-positive network share one large component: one eigenvalue of their kernel is hundreds of
-    times the rest, and products of float32 embeddings as they are would cost two digits of the logits.
-
-    The gradient of the kernel, -(V'A + A'V) / 2, is of rank 2 way: multiplied with X from the right, it is never formed.
+    float32 products see X without its mean over the support, and the mean as one more row: real, all-positive
+    embeddings share one large component, one eigenvalue of their kernel is hundreds of times the rest, and products of
+    them as they are would cost two digits of the logits. The kernel's gradient has rank 2 way (see qp_solvers.adjoint)
+    and is never formed.
     """
 
     @staticmethod
     def forward(ctx: Any, support: Tensor, one_hot: Tensor, C_reg: float) -> tuple[Tensor, Tensor]:
-        centre = support.mean(1, keepdim=True)
-        points = torch.cat([support - centre, centre], 1)  # (tasks, n + 1, d)
+        tasks, n, dim = support.shape
+        points = support.new_empty(tasks, n + 1, dim)
+        points[:, n:] = centre = support.mean(1, keepdim=True)
+        torch.sub(support, centre, out=points[:, :n])
         kernel = _with_last(_with_last((points @ points.mT).double()).mT)
         problem = crammer_singer(kernel, one_hot, C_reg)
         state = search(problem)

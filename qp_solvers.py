@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from utils.errors import UserError
 
-ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 6
-GUESSING_STEPS = 4  # before the first round
+ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 4
+GUESSING_STEPS = 4  # before the first round; each costs a tenth of one, and together they save up to two
 BARRIER_STEPS = 12  # of the interior point; more gain nothing that the active set does not get exactly
 FIXED_BARRIER_STEPS, FIXED_ROUNDS = 12, 5  # where the host may not look: the interior point first, then the active set
 CENTRED = 1e-12  # relative gap of slacks and multipliers at which the interior point stops
@@ -51,7 +51,8 @@ class Problem(NamedTuple):
     rows_sum_to_zero: bool
 
     def of_tasks(self, index: Tensor) -> "Problem":
-        return Problem(*(t[index] for t in self[:4]), self.rows_sum_to_zero)
+        hessian, linear, lower, upper = (t[index] for t in self[:4])
+        return Problem(hessian, linear, lower, upper, self.rows_sum_to_zero)
 
     def descent(self, x: Tensor) -> Tensor:
         """Negative gradient of the objective."""
@@ -165,8 +166,7 @@ class _Solve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         x, *saved = ctx.saved_tensors
-        factors = Factors(*saved)
-        outer = adjoint(ctx.problem, factors, gradient).mT @ x
+        outer = adjoint(ctx.problem, Factors(*saved), gradient).mT @ x
         return -(outer + outer.mT) / 2, None, None
 
 
@@ -203,9 +203,8 @@ def factorise_from(whole: Tensor, free: Tensor) -> Factors:
     Their largest number in a block is the size of the systems, and the host has to know it.
     """
     tasks, blocks, n = free.shape
-    held = 1 - free
-    size = int(held.sum(2).max())
-    real, where = held.topk(size, sorted=False)  # (tasks, blocks, size), 1 for held entries, 0 for padding
+    size = n - int(free.sum(2).min())
+    real, where = (1 - free).topk(size, sorted=False)  # (tasks, blocks, size), 1 for held entries, 0 for padding
     first = torch.arange(0, tasks * n, n, device=free.device).view(-1, 1, 1)
     rows = whole.flatten(0, 1).index_select(0, (where + first).flatten()).view(tasks, blocks, size, n)
     rows = rows * real.unsqueeze(3)
@@ -296,11 +295,7 @@ class State(NamedTuple):
 
 
 def search(problem: Problem, fixed: bool | None = None) -> State:
-    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was.
-
-    Args:
-        fixed: run the same rounds for every task; by default everywhere but on the CPU.
-    """
+    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was."""
     fixed = problem.hessian.device.type != "cpu" if fixed is None else fixed
     if fixed:
         state = _from_the_inside(problem, FIXED_BARRIER_STEPS, FIXED_ROUNDS, fixed)
@@ -332,8 +327,9 @@ def _insert(state: State, others: State, index: Tensor) -> State:
     def put(old: Tensor, new: Tensor) -> Tensor:
         return old.index_copy(0, index, new[better])
 
-    factors = Factors(*(put(*pair) for pair in zip(state.factors, others.factors, strict=True)))
-    return State(*(put(*pair) for pair in zip(state[:3], others[:3], strict=True)), factors)
+    x, residual, iterations = (put(*pair) for pair in zip(state[:3], others[:3], strict=True))
+    factors = (put(*pair) for pair in zip(state.factors, others.factors, strict=True))
+    return State(x, residual, iterations, Factors(*factors))
 
 
 # --- active set ----------------------------------------------------------------------------------------------------
@@ -342,7 +338,7 @@ def _insert(state: State, others: State, index: Tensor) -> State:
 def active_set(problem: Problem, side: Tensor | None, rounds: int, fixed: bool) -> State:
     """The state after at most `rounds` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
 
-    A finished task repeats its last round, so that a round is one batch.
+    A finished task repeats its last round, so that a round is one batch. Without `side` it starts from a guess.
     """
     whole = inverse_of(problem.hessian) if problem.rows_sum_to_zero and not fixed else None
     if side is None:
@@ -361,21 +357,14 @@ def active_set(problem: Problem, side: Tensor | None, rounds: int, fixed: bool) 
 
 
 def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
-    """Sides after a few gradient steps on the multipliers of the bounds, from H's inverse `whole`.
-
-    A step costs a tenth of a round, and they save up to two rounds.
-    """
-    scale = whole.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)  # of the largest eigenvalue, for safe steps
-    start = _centred(problem.linear) @ whole - problem.upper  # how far the solution without bounds exceeds them
-    excess, push = start, torch.zeros_like(start)
+    """Sides after a few projected gradient steps on the multipliers of the bounds, from H's inverse `whole`."""
+    steps = whole / whole.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)  # about its largest eigenvalue
+    start = (problem.linear - problem.linear.mean(1, keepdim=True)) @ whole - problem.upper
+    excess, push = start, torch.zeros_like(start)  # of x over its bounds; the multipliers in units of x
     for _ in range(GUESSING_STEPS):
         push = (push + excess).clamp_min(0)
-        excess = torch.baddbmm(start, _centred(push), whole / scale, alpha=-1)
+        excess = torch.baddbmm(start, push - push.mean(1, keepdim=True), steps, alpha=-1)
     return _next_sides(problem, excess + problem.upper, push)
-
-
-def _centred(x: Tensor) -> Tensor:
-    return x - x.mean(1, keepdim=True)
 
 
 def active_set_round(problem: Problem, side: Tensor, factors: Factors, fixed: bool) -> tuple[Tensor, Tensor]:

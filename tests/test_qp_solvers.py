@@ -12,6 +12,7 @@ from torch import Tensor
 from qp_solvers import (
     Problem,
     QPSolution,
+    active_set,
     crammer_singer,
     kkt_residual,
     solve_box,
@@ -115,6 +116,14 @@ def test_fixed_rounds_give_the_same_solution_and_gradient() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-13)
 
 
+def test_first_guess_saves_rounds() -> None:
+    kernel, one_hot = problem(12, way=5, shots=5, dim=200, noise=0.5)
+    task = crammer_singer(kernel, one_hot, 0.1)
+    guessed, blind = (active_set(task, side, 12, fixed=False) for side in (None, torch.zeros_like(task.linear)))
+    assert (guessed.iterations < blind.iterations - 1).all()
+    torch.testing.assert_close(guessed.x, blind.x, rtol=1e-10, atol=1e-14)
+
+
 def test_problems_that_cycle_are_solved_from_the_inside() -> None:
     kernel, one_hot = problem(0, way=7, shots=3, dim=2, noise=3.0, tasks=200)
     solution = solve_crammer_singer(kernel, one_hot, C_reg=0.0034)
@@ -190,6 +199,9 @@ def test_residual_tells_wrong_points_from_the_solution() -> None:
     assert kkt_residual(task, solution.dual.mT * 1.001).min() > 1e-4
     assert kkt_residual(task, solution.dual.mT + 1e-5).min() > 1e-5
     assert kkt_residual(task, torch.full_like(task.linear, torch.nan)).isinf().all()
+    alone = crammer_singer(0 * kernel, one_hot, 10.0)  # no point meets another, no bound is reached
+    assert kkt_residual(alone, alone.linear - 1 / 3).max() < 1e-12
+    assert kkt_residual(alone, alone.linear - 1 / 3 + 1e-5).min() > 1e-5, "only the rows' sums are wrong"
 
 
 # --- box -----------------------------------------------------------------------------------------------------------
