@@ -122,3 +122,10 @@ def test_every_option_has_a_meaning() -> None:
     text = command_line_parser().format_help()
     for field in dataclasses.fields(Options):
         assert f"--{field.name} " in text and len(field.metadata["help"]) > 10
+
+
+def test_other_names_of_an_option_are_good_in_files_and_old_checkpoints(tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"eps": 0.2, "head": "Ridge", "test_dataset": "CUB"}))
+    options = parse_args(["--name_of_args_json_file", str(file)])
+    assert (options.learner, options.label_smoothing, options.test_dataset_list) == ("head", 0.2, ["CUB"])

@@ -212,6 +212,7 @@ class Options:
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
         """Options from a mapping of values or their text; raises UserError for an unknown name or a bad value."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {ALIASES.get(name, name): value for name, value in values.items()}
         if unknown := [name for name in values if name not in fields]:
             raise UserError(f"{origin}: " + "; ".join(unknown_name(name, fields) for name in unknown))
         if values.get("learner") == "head":
@@ -469,7 +470,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     return Options.from_mapping(values)
 
 
-# Other spellings of options on the command line; '-' is as good as '_' in all of them.
+# Other names of options: MetaOptNet's, and one of our own earlier ones. On the command line '-' is as good as '_'.
 ALIASES = metaoptnet.FLAGS | {"test_dataset": "test_datasets"}
 
 
@@ -497,7 +498,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of option names and values")
-    fields = [field.name for field in dataclasses.fields(Options)]
+    fields = [*(field.name for field in dataclasses.fields(Options)), *ALIASES]
     if unknown := [name for name in values if name not in fields and name not in DEAD_KEYS]:
         raise UserError(f"{path}: " + "; ".join(unknown_name(name, [*fields, *DEAD_KEYS]) for name in unknown))
     for name in values:
