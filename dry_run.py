@@ -46,6 +46,7 @@ def shrink(options: Options, folder: Path) -> Options:
     """The same method on fewer, smaller images with a narrower network, all in `folder`."""
     ranks = distributed.world_size()
     narrow: dict[str, Any] = {} if options.learner == "head" else {"cnn_num_filters": 4, "num_context_params": 4}
+    narrow |= {"resnet_widths": "2-3-4-5"} if options.backbone == "ResNet-12" else {}
     return dataclasses.replace(
         options,
         dataset_dir=str(folder),
@@ -59,7 +60,6 @@ def shrink(options: Options, folder: Path) -> Options:
         num_target_samples=1,
         val_query=options.val_query and 1,
         batch_size=ranks * min(2, -(-options.batch_size // ranks)),
-        resnet_widths="2-3-4-5",
         **narrow,
         total_epochs=2,
         total_iter_per_epoch=1,

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from utils.devices import peak_memory_gib
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
 from utils.metaoptnet import published_statistics
-from utils.names import find_dataset
+from utils.names import find_dataset, same_dataset
 from utils.options import Options
 from utils.progress import progress_bar, stop_requests, tell
 from utils.scores import Score, score
@@ -106,6 +107,7 @@ class Experiment:
         with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
             while (done := self.model.iterations_done) < end:
                 batch = episodes.batch(done * options.batch_size + tasks.start, len(tasks))
+                torch.manual_seed(iteration_seed(options.seed, done))
                 losses, _ = self.model.run_train_iter(batch, epoch)
                 unread.append(
                     torch.stack([losses["loss"], losses["accuracy"], losses["unsolved"].to(losses["loss"].dtype)])
@@ -237,13 +239,11 @@ class Experiment:
         distributed.barrier()
 
     def _state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if self.model.device.type == "cuda" else []
         return {
             "options": dataclasses.asdict(self.options),
             "normalization": self.normalization,
             "history": self.history,
             "sums": self.sums,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         }
 
     def resume(self) -> None:
@@ -303,15 +303,13 @@ class Experiment:
         distributed.barrier()
 
     def _restore(self, path: Path) -> None:
-        state = self.model.load_checkpoint(path)
+        state = checkpoints.load(path)
         if "history" not in state:
             raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
         self._compare_options(state["options"])
+        self.model.load_checkpoint(path)
         self.history, self.normalization = state["history"], state["normalization"]
         self.sums |= state["sums"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.model.device.type == "cuda" and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         tell(f"going on from {path}: {len(self.history)} epochs, {self.model.iterations_done} iterations done")
 
     def _compare_options(self, before: Mapping[str, Any], testing: bool = False) -> None:
@@ -319,6 +317,8 @@ class Experiment:
         may_change = MAY_CHANGE | TEST_MAY_CHANGE if testing else MAY_CHANGE
         for name, value in dataclasses.asdict(self.options).items():
             if name in may_change or before.get(name, value) == value:
+                continue
+            if name == "dataset_name" and same_dataset(before[name], value):
                 continue
             change = f"--{name} is {value}, but the run was started with {before[name]}"
             if name in MUST_STAY and not testing:
@@ -344,7 +344,8 @@ class Experiment:
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
-        return meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
+        options = dataclasses.replace(self.options, normalization=state["options"]["normalization"])
+        return meta_test(self.model, options, kept, labels, state["normalization"], self.folder)
 
 
 # Options that decide what is computed, which tasks are seen, or how iterations are counted.
@@ -355,7 +356,8 @@ MUST_STAY = {
     *("inner_loop_part", "init_inner_loop_learning_rate", "context_params_learning_rate", "second_order"),
     *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter", "use_multi_step_loss_optimization"),
     *("enable_inner_loop_optimizable_bn_params", "batch_norm"),
-    *("learner", "head", "augment", "test_way", "val_shot", "val_query"),
+    *("learner", "head", "backbone", "resnet_widths", "avg_pool", "augment", "test_way", "val_shot", "val_query"),
+    "dataset_name",
 }
 # Options that say how to test, or that matter to training alone.
 TEST_MAY_CHANGE = {
@@ -364,12 +366,10 @@ TEST_MAY_CHANGE = {
     *("meta_learning_rate", "min_learning_rate", "lr_schedule", "second_order", "first_order_to_second_order_epoch"),
     *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs"),
     *("test_way", "val_shot", "val_query", "augment", "label_smoothing", "outer_weight_decay", "dropblock_schedule"),
-    *("svm_solver", "svm_max_iter", "svm_on_failure", "precision"),
+    *("head", "svm_solver", "svm_max_iter", "svm_on_failure", "precision"),
 }
-# Options that say where, how long or how a run computes, not what it computes. A run's folder is named after its data
-# set, so dataset_name can differ in spelling only.
+# Options that say where, how long or how a run computes, not what it computes.
 MAY_CHANGE = {
-    "dataset_name",
     *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_datasets"),
     *(
         "save_path",
@@ -383,6 +383,11 @@ MAY_CHANGE = {
     ),
     *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),
 }
+
+
+def iteration_seed(seed: int, iteration: int) -> int:
+    """Of what the network draws in a training iteration (dropout): the same whenever and however often it is run."""
+    return int(np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(1)[0])
 
 
 def local_tasks(batch_size: int) -> range:

@@ -284,24 +284,25 @@ class HeadOnBody(MAMLFewShotClassifier):
         self._head = (ClassificationHead(str(self.options.head), enable_scale=False),)
 
     @torch.no_grad()
-    def adapt(self, x_support: Tensor, y_support: Tensor) -> Support:  # type: ignore[override]
-        """Features of support images (tasks, n, C, H, W), of the network at its meta-parameters."""
-        parameters = self.task_parameters(len(x_support), evaluation=True)
-        return Support(self.classifier.features(parameters, x_support, 0), y_support)
+    def features(self, images: Tensor) -> Tensor:
+        """Images (tasks, n, C, H, W) -> (tasks, n, d), by the network at its meta-parameters."""
+        return self.classifier.features(self.task_parameters(len(images), evaluation=True), images, 0)
 
-    @torch.no_grad()
+    def adapt(self, x_support: Tensor, y_support: Tensor) -> Support:  # type: ignore[override]
+        return Support(self.features(x_support), y_support)
+
     def predict(self, state: Support, x_query: Tensor) -> Tensor:  # type: ignore[override]
-        query = self.adapt(x_query, state.labels).features
-        logits, unsolved = solve(self._head[0], self.options, state, query, self.options.evaluation_task[0])
+        way = self.options.evaluation_task[0]
+        logits, unsolved = solve(self._head[0], self.options, state, self.features(x_query), way)
         self._count_unsolved(unsolved)
         return logits
 
 
 def build_learner(device: torch.device | str, options: Options) -> FewShotLearner:
     """The learner that the options ask for."""
-    kind: type[FewShotLearner] = MAMLFewShotClassifier
-    if options.head:
-        kind = HeadFewShotClassifier if options.learner == "head" else HeadOnBody
+    kind: type[FewShotLearner] = HeadOnBody if options.head else MAMLFewShotClassifier
+    if options.learner == "head":
+        kind = HeadFewShotClassifier
     return kind((options.batch_size, *options.image_shape), device, options)
 
 

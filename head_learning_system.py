@@ -4,7 +4,7 @@ Adapting is embedding the support images; predicting solves the base learner on 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,6 +69,12 @@ class HeadFewShotClassifier(FewShotLearner):
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
 
+    def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
+        """Evaluation tasks: singly where DropBlock counts them, as the official program does."""
+        if self.options.dropblock_schedule == "training":
+            return super()._passes(tasks)
+        return map(Tasks._make, zip(*(tensor.split(1) for tensor in tasks), strict=True))
+
     def adapt(self, x_support: Tensor, y_support: Tensor) -> Support:
         """Embed support images (tasks, n, C, H, W); batch norm uses its running statistics."""
         self.eval()
@@ -98,13 +104,15 @@ class HeadFewShotClassifier(FewShotLearner):
         self.optimizer.zero_grad()
         tasks = self._to_device(data_batch)
         losses, logits, unsolved = self.query_losses(tasks)
-        losses.mean().backward()
+        left_out = unsolved if self.options.svm_on_failure != "use" else torch.zeros_like(unsolved)
+        loss = losses.sum() / (~left_out).sum().clamp_min(1)
+        loss.backward()
         distributed.average_gradients(self.parameters())
         distributed.average([buffer for buffer in self.buffers() if buffer.is_floating_point()])
         self.optimizer.step()
         self.iterations_done += 1
         report, predictions = self._report(losses.detach(), logits.detach(), tasks.y_query)
-        return report | {"unsolved": unsolved.sum()}, predictions
+        return report | {"loss": loss.detach(), "unsolved": unsolved.sum()}, predictions
 
     def query_losses(self, tasks: Tasks) -> tuple[Tensor, Tensor, Tensor]:
         """Training loss of each task (tasks,), its logits (tasks, n, way) and whether it was not solved (tasks,).
@@ -134,7 +142,7 @@ class HeadFewShotClassifier(FewShotLearner):
         given = {
             f"{part}.{name}": tensor
             for part in ("embedding", "head")
-            for name, tensor in without_prefix(state[part]).items()
+            for name, tensor in without_prefix(state.get(part, {"scale": torch.ones(1)})).items()
         }
         counters = {name: torch.zeros_like(t) for name, t in self.state_dict().items() if name.endswith(".forwards")}
         return counters | given  # official files do not hold DropBlock's counters

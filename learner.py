@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import checkpoints
+from utils import checkpoints, distributed
 from utils.errors import UserError
 from utils.official_checkpoints import load_official
 from utils.options import Options
@@ -99,8 +99,9 @@ class FewShotLearner(nn.Module):
 
     def check_solved(self) -> None:
         """Raise UserError if the head of a task scored since the last call was not solved; waits for the device."""
-        count = 0 if self._unsolved is None else int(self._unsolved.item())
+        unsolved = torch.zeros(1, device=self.device) if self._unsolved is None else self._unsolved.float().view(1)
         self._unsolved = None
+        count = int(distributed.gather_tasks(unsolved).sum().item())
         if count and self.options.svm_on_failure == "error":
             raise UserError(f"the {self.options.head} of {count} tasks was not solved. {UNSOLVED_CURE}")
         if count:

@@ -53,6 +53,14 @@ def evaluation_episodes(split: Split, options: Options, device: torch.device, no
     return Episodes(split, *options.evaluation_task, options.val_seed, mean, std, device)
 
 
+def check_tests(options: Options, device: torch.device) -> None:
+    """Raise UserError if a data set to test on is not there, or too small for the shots asked for."""
+    for name in options.test_dataset_list:
+        split = open_dataset(options, name, "test")
+        for shot in options.test_shot_list:
+            evaluation_episodes(split, dataclasses.replace(options, val_shot=shot), device, None)
+
+
 def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, title: str) -> tuple[Tensor, Tensor]:
     """Logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
     total = options.num_evaluation_tasks
@@ -152,7 +160,7 @@ def test_protocol(options: Options, dataset: str, normalization: Normalization) 
         "steps": None if options.head else options.number_of_evaluation_steps_per_iter,
         "head": options.head and " ".join(map(str, (options.head, *options.solver_options.values()))),
         "batch_norm": options.batch_norm,
-        "normalization": "channel" if normalization else "unit",
+        "normalization": options.normalization,
         "seed": options.val_seed,
     }
 
@@ -172,7 +180,8 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two test results answers to the same question."""
-    names = ("dataset", "split", "episodes", "way", "shot", "query", "steps", "batch_norm", "seed")
+    names = ("dataset", "split", "trained_on", "normalization", "episodes", "way", "shot", "query", "steps",
+             "batch_norm", "seed")  # fmt: skip
     model = "ensemble" if result["model"].startswith("top-") else result["model"]  # of more epochs, as a run goes on
     return (*(result[name] for name in names), result.get("head"), model)
 

@@ -126,7 +126,12 @@ def solve_crammer_singer_qpth(
     bounds = torch.eye(n * way, **options).expand(tasks, -1, -1)
     row_sums = torch.eye(n, **options).repeat_interleave(way, 1).expand(tasks, -1, -1)
     solve = _qp_function()(verbose=-1, maxIter=max_iter)
-    dual = solve(hessian, -target, bounds, C_reg * target, row_sums, torch.zeros(tasks, n, **options))
+    try:
+        dual = solve(hessian, -target, bounds, C_reg * target, row_sums, torch.zeros(tasks, n, **options))
+    except RuntimeError as error:  # one kernel that is too large for its precision; nothing says which
+        if "SPD" not in str(error):
+            raise
+        dual = torch.full_like(target, torch.nan)
     dual = dual.view(tasks, n, way)
     residual = kkt_residual(crammer_singer(kernel.detach(), one_hot, C_reg), dual.detach().mT.double())
     return QPSolution(dual, residual, torch.zeros(tasks, dtype=torch.int64, device=kernel.device))
@@ -220,8 +225,10 @@ def with_schur(free: Tensor, inverse: Tensor) -> Factors:
 
 def inverse_of(matrices: Tensor) -> Tensor:
     """Inverse of positive definite matrices; LAPACK's routine is fastest on the CPU but loops over a batch on CUDA."""
-    lower = torch.linalg.cholesky_ex(matrices).L
+    lower, info = torch.linalg.cholesky_ex(matrices)
     if lower.device.type == "cpu":
+        # LAPACK refuses to invert what has no factor; as no numbers it costs nobody but its own task.
+        lower.masked_fill_((info > 0)[..., None, None], torch.nan)
         return torch.cholesky_inverse(lower).mT  # symmetric, and contiguous this way
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     half = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)

@@ -51,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--network", help="embedding of an official MetaOptNet file; default: what its weights tell")
     parser.add_argument("--svm_solver", help="structured or qpth; default: as trained")
     parser.add_argument("--svm_max_iter", type=int, help="qpth's iterations; MetaOptNet's test program has 3 [15]")
+    parser.add_argument("--svm_on_failure", help="error, or use: score tasks whose SVM was not solved as they are")
     parser.add_argument("--steps", type=int, help="inner steps; default: as trained")
     parser.add_argument("--batch_norm", help="transductive, per_step or running; default: as trained")
     parser.add_argument("--seed", type=int, default=0, help="of the stream of test tasks [%(default)s]")
@@ -66,6 +67,10 @@ def trained_options(state: dict[str, Any], given: argparse.Namespace) -> Options
     """The options of training: those in the checkpoint, or what its weights tell together with --config."""
     file = str(given.load[0])
     if "options" in state:
+        if given.config:
+            raise UserError(
+                f"{file} holds the options of its training; --config is for official checkpoints, which do not"
+            )
         return Options.from_mapping(state["options"], file)
     config = read_json(given.config) if given.config else {}
     if "embedding" in state:
@@ -90,8 +95,16 @@ def metaoptnet_options(state: dict[str, Any], config: dict[str, Any], given: arg
         raise UserError(
             f"{given.load[0]} does not say which head it was trained with; name it: --head SVM, for example"
         )
-    if not (dataset := config.get("dataset_name", given.dataset)):
-        raise UserError(f"{given.load[0]} does not say what it was trained on; name the data set with --dataset")
+    dataset = config.get("dataset_name", given.dataset)
+    if not dataset or "," in dataset:
+        raise UserError(
+            f"{given.load[0]} does not say what it was trained on; name that data set with --dataset, or as "
+            "dataset_name in a JSON file with --config"
+        )
+    if "dataset_name" not in config:
+        tell(
+            f"warning: this checkpoint does not say what it was trained on; assumed is {dataset}, its size and colours"
+        )
     assumed = {"learner": "head", "dataset_name": dataset, "head": given.head}
     return Options.from_mapping(assumed | config | infer_embedding(state["embedding"]), str(given.load[0]))
 
@@ -110,7 +123,8 @@ def trained_normalization(state: dict[str, Any], options: Options, given: argpar
 def check_alike(states: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
     """Raise UserError if checkpoints of an ensemble adapt or normalise in different ways."""
     for state, file in zip(states[1:], files[1:], strict=True):
-        first, other = (dict(st.get("options", {})) for st in (states[0], state))
+        given = [st.get("options") for st in (states[0], state)]
+        first, other = (dataclasses.asdict(Options.from_mapping(options)) if options else {} for options in given)
         differing = [n for n in first if first[n] != other.get(n) and n in MUST_STAY - {"train_seed", "batch_size"}]
         if differing or state.get("normalization") != states[0].get("normalization"):
             named = ", ".join(differing) or "normalization"
@@ -124,15 +138,19 @@ def test_options(trained: Options, given: argparse.Namespace) -> Options:
             f"--batch_norm {given.batch_norm} needs statistics that training did not keep; train with "
             "--per_step_bn_statistics true or --batch_norm running"
         )
+    if given.head and given.steps:
+        raise UserError("--steps counts inner steps, which --head takes the place of; leave one of them out")
     asked = {
         "head": given.head,
-        "svm_solver": given.svm_solver,
-        "svm_max_iter": given.svm_max_iter,
+        "svm_on_failure": given.svm_on_failure,
         "test_way": given.way,
         "val_shot": given.shot,
         "number_of_evaluation_steps_per_iter": given.steps,
         "batch_norm": given.batch_norm,
     }
+    if given.head or given.svm_solver or given.svm_max_iter:  # a solver goes with its head
+        asked |= {"svm_solver": given.svm_solver or "structured"}
+        trained = dataclasses.replace(trained, svm_max_iter=given.svm_max_iter)
     options = Options.from_mapping(
         dataclasses.asdict(trained)
         | {name: value for name, value in asked.items() if value is not None}
@@ -154,11 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.dry_run:
         dry_run(given)
         return
-    device = choose_device(given.gpu)
     states = [checkpoints.load(path) for path in given.load]
     check_alike(states, given.load)
     trained = trained_options(states[0], given)
     options = test_options(trained, given)
+    if given.gpu and "," in given.gpu:
+        tell(f"warning: testing takes one GPU, the first of {given.gpu}")
+    device = choose_device(given.gpu and given.gpu.split(",")[0], tf32=options.precision == "tf32")
     if options.test_dataset_list == ["unknown"]:
         raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
     for name in options.test_dataset_list:

@@ -15,7 +15,7 @@ import torch
 from dry_run import dry_run
 from experiment_builder import Experiment
 from few_shot_learning_system import build_learner
-from meta_test import open_dataset
+from meta_test import check_tests
 from preprocess.preprocess import ensure_builtin
 from utils import distributed
 from utils.devices import choose_device, gpu_ids
@@ -43,8 +43,7 @@ def run(options: Options, device: torch.device) -> None:
 
     experiment = Experiment(options, build_learner(device, options))
     if not options.evaluate_on_test_set_only:
-        for name in options.test_dataset_list:
-            open_dataset(options, name, "test")  # what is wrong with it should not come out after the training
+        check_tests(options, device)  # what is wrong with them should not come out after the training
         experiment.train()
     experiment.meta_test()
 

@@ -254,3 +254,23 @@ def test_rows_of_the_dual_sum_to_zero_and_give_the_logits() -> None:
     dual = solve_crammer_singer(support @ support.mT, one_hot_of_ranks(labels, WAY)).dual
     assert dual.sum(2).abs().max() < 1e-15
     torch.testing.assert_close(query @ support.mT @ dual, ClassificationHead()(query, support, labels, WAY, 2))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
+def test_class_ids_may_be_of_any_integer_type(kind: torch.dtype) -> None:
+    labels = torch.tensor([[1, 0, 0, 1]])
+    query, support = torch.randn(1, 3, 5), torch.randn(1, 4, 5)
+    head = ClassificationHead("SVM-CS")
+    assert torch.equal(head(query, support, labels.to(kind), 2, 2), head(query, support, labels, 2, 2))
+
+
+def test_a_task_whose_kernel_has_no_factor_is_lost_alone() -> None:
+    torch.manual_seed(0)
+    query, support = torch.randn(2, 3, 5), torch.randn(2, 4, 5)
+    support[1] = support[1, :1] * 1e9
+    labels = torch.tensor([[0, 1, 0, 1]] * 2)
+    head = ClassificationHead("SVM-CS")
+    logits, residual = head.solve_and_score(query, support, labels, 2, 2)
+    alone = head(query[:1], support[:1], labels[:1], 2, 2)
+    torch.testing.assert_close(logits[:1], alone)
+    assert residual[0] < 1e-9 < residual[1]

@@ -1,18 +1,23 @@
 """MetaOptNet's command lines, files and protocol, end to end on a tiny data set."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import head_learning_system
 import test as test_entry
-from data import Episodes, open_split
+from augmentation import augment, draw
+from data import Episodes, base_seed, open_split
 from head_learning_system import HeadFewShotClassifier
+from meta_test import training_episodes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -59,8 +64,20 @@ def test_what_a_training_line_leaves_out_is_the_published_recipe() -> None:
         ("--backbone conv64", "with --learner gradient it is one of 4-CONV, ResNet-12"),
         ("--learner gradient --head Ridge", "tested with a --head, not trained with one"),
         ("--test_way 10", "classifies 5 ways with a linear layer, so it cannot be tested with 10"),
-        ("--learner head --dataset CUB --normalization published", "no pixel statistics of CUB are published"),
+        (
+            "--learner head --dataset CUB --normalization published",
+            "no pixel statistics of CUB in 3 channels are published",
+        ),
         ("--test_shots 1,five", "it takes numbers such as 1,5"),
+        ("--head Ridge --avg_pool true", "--avg_pool has no effect with --backbone conv64"),
+        ("--head Ridge --svm_on_failure skip", "--head Ridge solves no SVM"),
+        ("--head Ridge --network ResNet --resnet_widths 2-3-4", "it takes four numbers"),
+        ("--learner head --head None", "--learner head needs a --head"),
+        ("--head SVM --train-way 1", "at least 2 ways"),
+        ("--head Ridge --dataset CIFAR_FS --image_channels 1", "in 1 channels are published"),
+        ("--test_datasets CUB,", "it takes different names"),
+        ("--test_datasets CIFAR-FS,CIFAR_FS", "it takes different names"),
+        ("--save_epoch -1", "it must be 0 or more"),
         ("--head SVM --batch_norm transductive", "with --learner head it is one of running"),
     ],
 )
@@ -155,7 +172,7 @@ def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path:
     )
     exact, stopped = json.loads((tmp_path / "logs" / "test_summary.json").read_text())
     assert (exact["head"], stopped["head"]) == ("SVM-CS structured", "SVM-CS qpth 3")
-    assert (exact["way"], exact["shot"], exact["query"], exact["normalization"]) == (5, 1, 4, "channel")
+    assert (exact["way"], exact["shot"], exact["query"], exact["normalization"]) == (5, 1, 4, "published")
     assert exact["loss"] != stopped["loss"]
     with pytest.raises(UserError, match="does not say which head"):
         test_entry.main([*load, "--dataset", "FC100"])
@@ -201,3 +218,77 @@ def test_two_processes_average_their_gradients_and_running_statistics(data: Path
     for name, tensor in ours.embedding.state_dict().items():
         expected = (tensor + other.embedding.state_dict()[name]) / 2 if "running" in name else tensor
         torch.testing.assert_close(saved[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# --- what the network draws ----------------------------------------------------------------------------------------
+
+
+def r2d2(data: Path, folder: Path, *more: str) -> dict[str, torch.Tensor]:
+    """The embedding after a tiny run of a network with dropout."""
+    words = line(data, folder, "--network", "R2D2", "--num-epoch", "2", *more)
+    main(words)
+    return checkpoints.load(folder / "last_epoch.pth")["embedding"]
+
+
+def test_dropout_is_a_function_of_seed_and_iteration_also_in_a_run_that_is_continued(
+    data: Path, tmp_path: Path
+) -> None:
+    whole = r2d2(data, tmp_path / "whole")
+    torch.rand(17)  # whatever else was drawn before
+    r2d2(data, tmp_path / "parts", "--num-epoch", "1")
+    torch.rand(5)
+    torch.testing.assert_close(r2d2(data, tmp_path / "parts"), whole, rtol=0, atol=0)
+
+
+def test_training_images_are_augmented_support_and_query_each_by_their_own_draws(data: Path) -> None:
+    options = parse_args(line(data, data))
+    split = open_split(data, "toy", "train", options.image_shape)
+    normalization = (split.mean, split.std)
+    device = torch.device("cpu")
+    augmented = training_episodes(split, options, device, normalization).batch(0, 2)
+    plain = training_episodes(split, dataclasses.replace(options, augment=False), device, normalization).batch(0, 2)
+    rows = training_episodes(split, options, device, normalization).indices(0)
+    for part, images, untouched in zip(("support", "query"), augmented[:2], plain[:2], strict=True):
+        assert not torch.equal(images, untouched), part
+    draws = draw([base_seed(options.train_seed, "train")], rows.size, 4)
+    first_query = 2  # rows are way-major, support before query
+    pixels = torch.from_numpy(split.images[rows.ravel()[first_query : first_query + 1]])
+    expected = augment(pixels, draws.take(np.array([first_query])), 4, torch.from_numpy) / 255
+    expected = (expected - torch.tensor(split.mean).view(-1, 1, 1)) / torch.tensor(split.std).view(-1, 1, 1)
+    torch.testing.assert_close(augmented.x_target[0, 0, 0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_crops_are_padded_as_metaoptnet_pads_them() -> None:
+    assert parse_args(["--head", "Ridge", "--dataset", "FC100"]).crop_padding == 4
+    assert parse_args(["--head", "Ridge", "--dataset", "miniImageNet"]).crop_padding == 8
+
+
+def test_an_svm_that_is_not_solved_stops_training_with_the_iteration(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_learning_system, "UNSOLVED", -1.0)  # no solution is that good
+    with pytest.raises(UserError, match=r"a task's SVM-CS was not solved at iteration 0 \(training tasks 0 and"):
+        main(line(data, tmp_path, "--num-epoch", "1"))
+    main(line(data, tmp_path / "skip", "--num-epoch", "1", "--svm_on_failure", "skip"))
+    assert checkpoints.load(tmp_path / "skip" / "last_epoch.pth")["history"][0]["unsolved"] == 4
+
+
+def test_embeddings_that_grow_without_bound_are_named_not_thrown(data: Path, tmp_path: Path) -> None:
+    for solver in ("structured", "qpth"):
+        words = line(data, tmp_path / solver, "--num-epoch", "9", "--meta_learning_rate", "1e8", "--svm_solver", solver)
+        with pytest.raises(UserError, match=r"was not solved|the loss is"):
+            main(words)
+
+
+def test_another_data_set_in_the_same_folder_is_another_run(data: Path, finished: Path) -> None:
+    words = line(data, finished, "--num-epoch", "9", "--dataset", "OTHER")
+    with pytest.raises(UserError, match="--dataset_name is OTHER, but the run was started with toy"):
+        main(words)
+    with pytest.raises(UserError, match="--backbone is R2D2Net, but the run was started with conv64"):
+        main(line(data, finished, "--num-epoch", "9", "--network", "R2D2"))
+
+
+def test_published_pixel_statistics_are_the_recorded_ones() -> None:
+    mean, std = published_statistics("FC100") or ((), ())
+    assert [255 * value for value in mean] == pytest.approx([129.37731888, 124.10583864, 112.47758569])
+    assert [255 * value for value in std] == pytest.approx([68.20947949, 65.43124043, 70.45866994])

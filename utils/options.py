@@ -149,7 +149,8 @@ class Options:
     svm_on_failure: str = opt(
         "error",
         "what a task does whose SVM was not solved: error: it is left out of the update and the run stops; "
-        "skip: it is left out and counted; use: it counts as it is",
+        "skip: it is left out and counted; use: it counts as it is, as skip does in tests. qpth's tasks pass as solved "
+        "unless they are no numbers",
         ("error", "skip", "use"),
     )
 
@@ -164,7 +165,7 @@ class Options:
     label_smoothing: float = opt(0.0, "head: part of a training target that the other classes share")
     precision: str = opt(
         "float32",
-        "head: arithmetic of the embedding; tf32: its convolutions on a GPU in TF32; bf16: autocast to bfloat16",
+        "head: arithmetic of the embedding. tf32: convolutions and products on a GPU in TF32; bf16: autocast to it",
         ("float32", "tf32", "bf16"),
     )
     clamp_outer_gradients: float = opt(0.0, "limit of each entry of the network's outer gradient (MAML++: 10); 0: none")
@@ -226,6 +227,11 @@ class Options:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.save_epoch < 0:
+            raise UserError(f"--save_epoch is {self.save_epoch}; it must be 0 or more")
+        names = [canonical_name(name) for name in self.test_dataset_list]
+        if "" in names or len(set(names)) < len(names):
+            raise UserError(f"--test_datasets is {self.test_datasets!r}; it takes different names such as CUB,glyphs")
         if self.num_evaluation_tasks < 2:
             raise UserError("--num_evaluation_tasks must be at least 2: one task has no confidence interval")
         if self.image_channels not in (1, 3):
@@ -263,13 +269,14 @@ class Options:
     def _validate_learner(self) -> None:
         """Raise UserError for options of one kind of learner given to the other, which would not heed them."""
         heads = self.learner == "head"
-        usual = Options.__dataclass_fields__
-        foreign = [
-            name for name in (_OF_GRADIENT if heads else _OF_HEADS) if getattr(self, name) != usual[name].default
-        ]
-        if foreign:
-            other = "gradient" if heads else "head"
-            raise UserError(f"--{foreign[0]} has no effect with --learner {self.learner}; it belongs to {other}")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        usual |= metaoptnet.DEFAULTS if heads else {}
+        unheeded = {name: f"--learner {self.learner}" for name in (_OF_GRADIENT if heads else _OF_HEADS)}
+        if self.backbone != "ResNet-12":
+            unheeded |= dict.fromkeys(_OF_RESNET, f"--backbone {self.backbone}")
+        for name, chosen in unheeded.items():
+            if getattr(self, name) != usual[name]:
+                raise UserError(f"--{name} has no effect with {chosen}")
         for name, allowed in (_HEAD_CHOICES if heads else _GRADIENT_CHOICES).items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(map(str, filter(None, allowed)))
@@ -279,8 +286,13 @@ class Options:
         way = self.num_classes_per_set
         if self.head and not heads and not self.evaluate_on_test_set_only:
             raise UserError(
-                "--learner gradient is tested with a --head, not trained with one; train with --learner head"
+                "a network trained by gradient steps is tested with a --head, not trained with one. To train with a "
+                "head, say --learner head and leave out options of inner steps"
             )
+        if heads and self.head is None:
+            raise UserError("--learner head needs a --head: ProtoNet, Ridge, R2D2, SVM-CS, SVM-He or SVM-WW")
+        if self.head and min(way, self.evaluation_task[0]) < 2:
+            raise UserError("a --head needs at least 2 ways to tell apart")
         if self.head is None and self.test_way not in (None, way):
             raise UserError(
                 f"the network classifies {way} ways with a linear layer, so it cannot be tested with {self.test_way}; "
@@ -290,12 +302,18 @@ class Options:
             raise UserError(
                 f"--label_smoothing is {self.label_smoothing}; with {way} ways it is from 0 to {(way - 1) / way:g}"
             )
-        if self.svm_solver == "qpth" and self.head not in ("SVM-CS", None):
+        if self.svm_solver == "qpth" and self.head != "SVM-CS":
             raise UserError(f"--svm_solver qpth solves --head SVM-CS only, not {self.head}")
+        if self.svm_on_failure != "error" and "SVM" not in str(self.head):
+            raise UserError(f"--svm_on_failure has no effect: --head {self.head} solves no SVM")
         if self.svm_max_iter is not None and self.svm_solver != "qpth":
             raise UserError("--svm_max_iter limits --svm_solver qpth only; the structured solver is exact")
-        if self.normalization == "published" and metaoptnet.published_statistics(self.dataset_name) is None:
-            raise UserError(f"no pixel statistics of {self.dataset_name} are published; use --normalization channel")
+        statistics = metaoptnet.published_statistics(self.dataset_name)
+        if self.normalization == "published" and (statistics is None or self.image_channels != len(statistics[0])):
+            raise UserError(
+                f"no pixel statistics of {self.dataset_name} in {self.image_channels} channels are published; use "
+                "--normalization channel"
+            )
         if not all(shot.isdigit() and int(shot) for shot in (self.test_shots or "1").split(",")):
             raise UserError(f"--test_shots is {self.test_shots!r}; it takes numbers such as 1,5")
 
@@ -347,8 +365,9 @@ class Options:
         for refused, reason in refusals:
             if refused:
                 raise UserError(reason)
-        if not all(width.isdigit() and int(width) for width in self.resnet_widths.split("-")):
-            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes numbers such as 64-128-256-512")
+        widths = self.resnet_widths.split("-")
+        if len(widths) != 4 or not all(width.isdigit() and int(width) for width in widths):
+            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes four numbers such as 64-128-256-512")
 
     @property
     def training_task(self) -> tuple[int, int, int]:
@@ -419,9 +438,10 @@ _OF_GRADIENT = (
     *("inner_loop_part", "learnable_per_layer_per_step_inner_loop_learning_rate", "meta_sgd", "alfa", "random_init"),
     *("init_inner_loop_weight_decay", "attenuate", "enable_inner_loop_optimizable_bn_params", "contextual_grad"),
     *("num_context_params", "context_params_learning_rate", "second_order", "first_order_to_second_order_epoch"),
-    *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs", "clamp_outer_gradients"),
+    *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs", "clamp_outer_gradients", "min_learning_rate"),
 )
-_OF_HEADS = (*("avg_pool", "dropblock_schedule", "outer_weight_decay", "label_smoothing", "precision"),)
+_OF_HEADS = ("avg_pool", "dropblock_schedule", "outer_weight_decay", "label_smoothing", "precision")
+_OF_RESNET = ("resnet_widths", "avg_pool", "dropblock_schedule")
 _HEAD_CHOICES = {
     "backbone": ("conv64", "R2D2Net", "ResNet-12"),
     "batch_norm": ("running",),
@@ -465,7 +485,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     file = values.get("name_of_args_json_file")
     from_file = read_json(Path(file)) if file not in (None, "None") else {}
     values = {**from_file, **values}
-    if values.get("head") not in (None, "None") and not values.keys() & set(_OF_GRADIENT):
+    gradient = values.keys() & set(_OF_GRADIENT) or _folded(str(values.get("backbone"))) == "4conv"
+    if values.get("head") not in (None, "None") and not gradient:
         values.setdefault("learner", "head")
     return Options.from_mapping(values)
 
