@@ -27,7 +27,7 @@ from tqdm import tqdm
 from augmentation import Draws, augment, draw
 from utils.errors import UserError
 from utils.images import ImageShape, Listing, decode_all, list_classes
-from utils.names import find_dataset
+from utils.names import find_dataset, missing_dataset
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +80,14 @@ def open_split(
 def _split_folder(dataset_dir: Path, name: str, split: str) -> Path:
     """Raises UserError that says what to put where."""
     folder = find_dataset(dataset_dir, name)
-    prepare = f"`python preprocess/preprocess.py --datasets {folder.name}`"
     if not folder.is_dir():
-        there = sorted(path.name for path in dataset_dir.glob("[!.]*/")) if dataset_dir.is_dir() else []
-        raise UserError(
-            f"No data set {name!r}: there is no folder {folder}. Put its images at "
-            f"{folder}/{{train,val,test}}/CLASS/*.png (or .jpg), or its archive into {dataset_dir} "
-            f"and run {prepare}. Data sets in {dataset_dir}: {', '.join(there) or 'none'}."
-        )
+        raise missing_dataset(dataset_dir, name)
     if not (folder / split).is_dir():
         there = [known for known in SEED_OFFSET if (folder / known).is_dir()]
         raise UserError(
             f"The data set {folder} has no split {split!r}; it has: {', '.join(there) or 'none'}. "
-            f"Put the images at {folder / split}/CLASS/*.png (or .jpg), or make it again with {prepare}."
+            f"Put the images at {folder / split}/CLASS/*.png (or .jpg), or make it again "
+            f"with `python preprocess/preprocess.py --datasets {folder.name}`."
         )
     return folder / split
 
@@ -437,7 +432,7 @@ def _check_size(split: Split, way: int, shot: int, query: int) -> None:
     if way > classes:
         raise UserError(
             f"{way}-way tasks need {way} classes, but {where} has {classes}: "
-            "lower --num_classes_per_set or add classes."
+            "lower the way (--num_classes_per_set, --test_way) or add classes."
         )
     small = np.flatnonzero(split.class_sizes < needed)
     if len(small):
@@ -445,5 +440,6 @@ def _check_size(split: Split, way: int, shot: int, query: int) -> None:
         raise UserError(
             f"The class {first!r} of {where} has {size} images, but {shot} shots + {query} targets need "
             f"{needed} ({len(small)} of {classes} classes are too small): "
-            "lower --num_samples_per_class or --num_target_samples, or add images."
+            "lower the shot or the queries (--num_samples_per_class, --num_target_samples; in evaluation --val_shot, "
+            "--val_query, --test_shots), or add images."
         )

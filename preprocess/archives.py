@@ -12,10 +12,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from utils.errors import UserError
+from utils.names import leads_out
 
 MAX_MEMBERS = 2_000_000  # tieredImageNet has 779,165 images
 MAX_MEMBER_BYTES = 2**26  # ImageNet's largest image takes 16 MB
@@ -23,6 +24,8 @@ MAX_RATIO = 100  # of unpacked to packed size; images are packed already, pixels
 FREE_BYTES = 2**26  # below that, a ratio does no harm
 MAX_HEADER_BYTES = 2**20  # of a tar member's long name or extended header, which tarfile reads in one go
 
+ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a member; the end of one without members
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks pieces of the others to any size
 COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {  # first bytes -> file that decompresses
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -40,7 +43,7 @@ def members(
     and a wanted member above `max_bytes`. `origin` says what to fetch instead.
     """
     with _explained(path, origin):
-        if _first_bytes(path).startswith(b"PK"):
+        if _first_bytes(path).startswith(ZIP_STARTS):
             with open_zip(path, origin) as archive:
                 yield from _zip_members(archive, path, wanted, max_bytes)
         else:
@@ -51,7 +54,8 @@ def members(
 def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
     """The zip at `path`, all members checked as in `members` but for their size; `origin` as there.
 
-    UserError also when damage shows only while the block reads the archive.
+    UserError also when damage shows only while the block reads the archive. zipfile unpacks up to 2 GB of a member,
+    whatever size it declares, unless the reader says how many bytes it wants.
     """
     with _explained(path, origin), zipfile.ZipFile(path) as archive:
         _check_zip(archive, path)
@@ -60,8 +64,7 @@ def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
 
 def refuse_unsafe(name: str, archive: Path) -> None:
     """UserError for an absolute member name and for one with '..'."""
-    path = PureWindowsPath(name)  # it knows drives and backslashes too
-    if path.drive or path.root or ".." in path.parts:
+    if leads_out(name):
         raise UserError(
             f"{archive} has a member named {name!r}, which leads out of the data set's folder: not unpacked"
         )
@@ -74,8 +77,10 @@ def _explained(path: Path, origin: str) -> Iterator[None]:
         raise UserError(f"{path} is missing. Fetch {origin} and put it there as it is (do not unpack it)")
     try:
         yield
+    except UserError:
+        raise
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
-            RecursionError, UnicodeDecodeError) as error:  # fmt: skip
+            RecursionError, ValueError, IndexError) as error:  # fmt: skip
         raise _damaged(path, origin, error) from error
     except OSError as error:
         if error.errno is not None:
@@ -100,17 +105,24 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """What the list of members declares; zipfile itself holds each member to its declared size."""
+    """What the list of members declares. Names that were written with backslashes get slashes."""
     infos = archive.infolist()
     _check_number(len(infos), path)
     _check_unpacked(sum(info.file_size for info in infos), path)
     for info in infos:
+        info.filename = info.filename.replace("\\", "/")
         refuse_unsafe(info.filename, path)
         kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise _not_a_file(info.filename, path)
         if info.flag_bits & 1:
             raise UserError(f"{path} is encrypted: unpack it with its password and pack it again without one")
+        if info.compress_type not in ZIP_METHODS:
+            method = zipfile.compressor_names.get(info.compress_type, info.compress_type)  # type: ignore[attr-defined]
+            raise UserError(
+                f"{info.filename!r} in {path} is packed with {method}, of which too much could come out: "
+                "not unpacked. Pack it again as an ordinary zip (deflate)"
+            )
 
 
 def _zip_members(
@@ -119,7 +131,8 @@ def _zip_members(
     for info in archive.infolist():
         if not info.is_dir() and wanted(info.filename):
             _check_member(info.filename, info.file_size, path, max_bytes)
-            yield info.filename, archive.read(info)
+            with archive.open(info) as file:
+                yield info.filename, file.read(info.file_size)
 
 
 def _tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[tuple[str, bytes]]:
@@ -138,6 +151,8 @@ def _tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> I
                     content = archive.extractfile(info)
                     if content:
                         yield info.name, content.read()
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut off: a tar ends with two empty blocks")
 
 
 def _decompressed(file: BinaryIO, path: Path) -> Any:
@@ -184,7 +199,7 @@ def _check_number(number: int, path: Path) -> None:
 
 def _check_member(name: str, size: int, path: Path, max_bytes: int) -> None:
     if size > max_bytes:
-        raise UserError(f"{name} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked")
+        raise UserError(f"{name!r} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked")
 
 
 def _check_unpacked(size: int, path: Path) -> None:
@@ -197,4 +212,4 @@ def _check_unpacked(size: int, path: Path) -> None:
 
 
 def _not_a_file(name: str, path: Path) -> UserError:
-    return UserError(f"{name} in {path} is a link or a device, not a file: not unpacked")
+    return UserError(f"{name!r} in {path} is a link or a device, not a file: not unpacked")

@@ -6,7 +6,7 @@ up to tieredImageNet's 9.5 GB.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,8 @@ from utils.errors import UserError
 
 CHUNK = 2**24  # bytes that are read at once
 MAX_SIDE = 1024  # pixels
+MAX_LABEL = 2**31
+NAMED = 5  # entries of a dict that an error names
 RELEASE_EVERY = 1000  # images
 Reader = Callable[[list[Path], str], Iterator[Picture]]  # the files of a split, its name
 
@@ -46,7 +48,8 @@ def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
     content = _entries(path, "data", "labels")
     images, labels = _pixels(content["data"], path), _ids(content["labels"], path)
     names = content.get("catname2label")
-    name_of = {label: str(name) for name, label in names.items()} if isinstance(names, dict) else {}
+    names = names if isinstance(names, dict) else {}
+    name_of = {label: _text(name, path) for name, label in zip(names, _ids([*names.values()], path), strict=True)}
     _check_count(len(images), len(labels), path)
     yield from _pictures(split, images, [name_of.get(label, f"class_{label:03d}") for label in labels])
 
@@ -59,7 +62,7 @@ def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture
     if not isinstance(content["class_dict"], dict):
         raise _unexpected(path, f"a {type(content['class_dict']).__name__}")
     class_of = sorted(
-        (index, str(name)) for name, places in content["class_dict"].items() for index in _ids(places, path)
+        (index, _text(name, path)) for name, places in content["class_dict"].items() for index in _ids(places, path)
     )
     if [index for index, _ in class_of] != list(range(len(images))):
         raise UserError(f"{path}: class_dict does not name each of the {len(images)} images once. Fetch it again")
@@ -80,15 +83,17 @@ def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
     if not isinstance(pngs, list):
         raise UserError(f"{path} holds a {type(pngs).__name__}, not a list of PNG files")
     _check_count(len(pngs), len(class_names), path)
-    yield from _pictures(split, pngs, class_names)
+    yield from _pictures(split, (_png(png, path) for png in pngs), class_names)
 
 
-def _pictures(split: str, images: Iterable[Any], class_names: list[str]) -> Iterator[Picture]:
-    """Of pixels, or of PNG files in any form that pickles have them."""
+def _pictures(
+    split: str, images: Iterable[np.ndarray | bytes | memoryview], class_names: list[str]
+) -> Iterator[Picture]:
+    """Of pixels, (H, W, 3), or of PNG files."""
     for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
-        if index % RELEASE_EVERY == 0 and isinstance(image, np.ndarray):
+        if index % RELEASE_EVERY == 0 and not isinstance(image, bytes):
             release(image)
-        content = image if isinstance(image, np.ndarray) and image.ndim == 3 else _png_file(image)
+        content = bytes(image) if isinstance(image, memoryview) else image
         yield Picture(split, class_name, f"{index:06d}.png", content)
 
 
@@ -104,13 +109,19 @@ def _tiered_labels(path: Path, split: str) -> list[str]:
         return [f"class_{label:03d}" for label in _ids(content["labels"], path)]
     content = _entries(path, "label_specific")
     labels, words = _ids(content["label_specific"], path), content.get("label_specific_str", [])
-    names = {label: _plain_name(split, label, words) for label in set(labels)}
+    words = words.tolist() if isinstance(words, np.ndarray) else words
+    if not isinstance(words, list):
+        raise _unexpected(path, f"a {type(words).__name__} of class names")
+    names = {
+        label: _plain_name(split, label, _text(words[label], path) if label < len(words) else "")
+        for label in set(labels)
+    }
     return [names[label] for label in labels]
 
 
-def _plain_name(split: str, label: int, words: Sequence[Any]) -> str:
+def _plain_name(split: str, label: int, words: str) -> str:
     """An ImageNet id as it is; other words after a number, for two classes of ImageNet may be called the same."""
-    word = re.sub(r"\W+", "_", str(words[label]))[:60] if 0 <= label < len(words) else ""
+    word = re.sub(r"\W+", "_", words)[:60]
     return word if re.fullmatch(r"n\d{8}", word) else f"{split}_{label:03d}_{word}".rstrip("_")
 
 
@@ -118,8 +129,11 @@ def _entries(path: Path, *keys: str) -> dict[Any, Any]:
     content = read_pickle(path)
     for key in keys:
         if not isinstance(content, dict) or key not in content:
-            held = f"a dict of {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
-            raise UserError(f"{path} has no {key!r}: it holds {held or 'nothing'}. It is another file of that name")
+            held = type(content).__name__
+            if isinstance(content, dict):
+                texts = [repr(name) for name in content if isinstance(name, str)]
+                held = f"a dict of {', '.join(texts[:NAMED]) or 'no names'}"
+            raise UserError(f"{path} has no {key!r}: it holds {held}. It is another file of that name")
     return content
 
 
@@ -137,30 +151,45 @@ def _check_pixels(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
 
 
 def _unexpected(path: Path, what: str) -> UserError:
-    return UserError(f"{path} holds {what} where (N, H, W, 3) uint8 images or their labels belong")
+    return UserError(f"{path} holds {what}; (N, H, W, 3) uint8 images, their labels and class names belong there")
 
 
 def _ids(labels: Any, path: Path) -> list[int]:
-    """UserError unless they are a list or an array of whole numbers."""
-    array = np.asarray(labels)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise _unexpected(path, f"labels of shape {array.shape} and type {array.dtype}")
-    ids: list[int] = array.tolist()
+    """UserError unless they are a list or an array of whole numbers from 0 on."""
+    ids = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    # Looked at one by one: numpy would go into lists within the list, which may hold one another without end.
+    if not isinstance(ids, list) or not all(type(label) is int and 0 <= label < MAX_LABEL for label in ids):
+        raise _unexpected(path, "something else than a list of whole numbers")
     return ids
 
 
-def _png_file(png: Any) -> bytes:
-    """Of an array of bytes, as OpenCV gives it, or of bytes, as Python 2 or 3 keeps them."""
-    if isinstance(png, np.ndarray):
-        return png.tobytes()
-    return png.encode("latin1") if isinstance(png, str) else bytes(png)
+def _text(name: Any, path: Path) -> str:
+    """A class name; Python 3 keeps those of Python 2 as bytes, if it is told to."""
+    if not isinstance(name, str | bytes):
+        raise _unexpected(path, f"a {type(name).__name__} as a class name")
+    return name if isinstance(name, str) else name.decode("latin1")
+
+
+def _png(png: Any, path: Path) -> np.ndarray | bytes | memoryview:
+    """A PNG file, which OpenCV gives as an array of bytes, Python 2 as text; or pixels."""
+    if isinstance(png, np.ndarray) and png.ndim == 3:
+        _check_pixels((1, *png.shape), png.dtype, path)
+        return png
+    if isinstance(png, np.ndarray) and png.dtype == np.uint8:
+        return png.reshape(-1).data
+    if isinstance(png, str) and max(png, default="") <= "\xff":
+        return png.encode("latin1")
+    if not isinstance(png, bytes | memoryview):
+        raise _unexpected(path, f"a {type(png).__name__} in the place of an image")
+    return png
 
 
 def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
     """The `count` images in array `key` of an npz, a few at a time in memory."""
     with open_zip(path, "it") as archive:
         if f"{key}.npy" not in archive.NameToInfo:
-            raise UserError(f"{path} has no array {key!r}: it holds {', '.join(archive.namelist()) or 'nothing'}")
+            held = ", ".join(map(repr, archive.namelist()[:NAMED])) or "nothing"
+            raise UserError(f"{path} has no array {key!r}: it holds {held}")
         with archive.open(f"{key}.npy") as stream:
             shape = _npy_shape(stream, path)
             _check_count(shape[0], count, path)
@@ -177,10 +206,12 @@ def _npy_shape(stream: IO[bytes], path: Path) -> tuple[int, ...]:
     """Of the array of images that begins in `stream`. Version 1 only: its header cannot claim more than 64 KiB."""
     try:
         version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"an array of format {version}")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). Fetch it again") from error
-    if version != (1, 0) or fortran_order:
-        raise _unexpected(path, f"an array of an unusual order or of format {version}")
+    if fortran_order:
+        raise _unexpected(path, "an array in Fortran's order")
     _check_pixels(shape, dtype, path)
     return tuple(shape)

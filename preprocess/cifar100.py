@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from preprocess import array_files
-from preprocess.archives import members, open_zip
+from preprocess.archives import members
 from preprocess.pickles import loads
-from preprocess.sources import Published, Recipe, Source, of_pictures, read_split
-from preprocess.staging import Contents
-from preprocess.writing import Picture, write_images
+from preprocess.sources import Published, Recipe, of_pictures, read_split
+from preprocess.writing import Picture
 from utils.errors import UserError
 
 IMAGES = 60_000
@@ -32,7 +31,7 @@ OFFICIAL_BYTES = 2**28  # its largest member takes 155 MB
 def recipe(name: str, train: int, val: int, test: int) -> Recipe:
     pickles = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
     sources = (
-        Source((ZIP,), ZIP_ORIGIN, partial(from_zip, name)),
+        of_pictures(name, (ZIP,), ZIP_ORIGIN, partial(from_zip, name), IMAGES),
         of_pictures(name, (OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), IMAGES)._replace(
             md5=((OFFICIAL, OFFICIAL_MD5),)
         ),
@@ -43,36 +42,34 @@ def recipe(name: str, train: int, val: int, test: int) -> Recipe:
     return Recipe(sources, Published({"train": train, "val": val, "test": test}, 600))
 
 
-def from_zip(name: str, archives: Path, folder: Path) -> Contents:
+def from_zip(name: str, archives: Path) -> Iterator[Picture]:
     """The images at cifar100/data/CLASS/*.png. UserError where the zip has none."""
     split_of = _split_of(name)
-    with open_zip(archives / ZIP, ZIP_ORIGIN) as archive:
-        wanted = [member for member in archive.namelist() if class_of(member) in split_of]
-        if not wanted:
-            raise UserError(f"{archives / ZIP} has no cifar100/data/CLASS/*.png. Fetch {ZIP_ORIGIN}")
-        pictures = (
-            Picture(split_of[class_of(member)], class_of(member), member.rpartition("/")[2], archive.read(member))
-            for member in wanted
-        )
-        return write_images(folder, pictures, name, len(wanted))
+    found = False
+    for member, content in members(archives / ZIP, ZIP_ORIGIN, lambda member: class_of(member) in split_of):
+        found = True
+        yield Picture(split_of[class_of(member)], class_of(member), _last(member), content)
+    if not found:
+        raise UserError(f"{archives / ZIP} has no cifar100/data/CLASS/*.png. Fetch {ZIP_ORIGIN}")
 
 
 def class_of(member: str) -> str:
-    """The class of a member cifar100/data/CLASS/IMAGE.png; empty for any other member."""
+    """The class of a member …/data/CLASS/IMAGE.png; empty for any other, and for what macOS adds."""
     match member.split("/"):
-        case ["cifar100", "data", class_name, file] if file.endswith(".png") and not file.startswith("."):
-            return class_name
+        case [*above, "data", class_name, file] if "__MACOSX" not in above and file.lower().endswith(".png"):
+            return "" if file.startswith(".") else class_name
     return ""
 
 
 def from_official(name: str, archives: Path) -> Iterator[Picture]:
     """Both its parts joined: 500 images of each class from `train` and 100 from `test`."""
     path = archives / OFFICIAL
-    parts = {part: f"cifar-100-python/{part}" for part in ("meta", "train", "test")}
-    found = dict(members(path, OFFICIAL_ORIGIN, lambda member: member in parts.values(), OFFICIAL_BYTES))
-    if len(found) < len(parts):
-        raise UserError(f"{path} lacks {', '.join(sorted(set(parts.values()) - set(found)))}. Fetch {OFFICIAL_ORIGIN}")
-    read = {part: loads(found[member], f"{member} in {path}") for part, member in parts.items()}
+    parts = ("meta", "train", "test")
+    contents = members(path, OFFICIAL_ORIGIN, lambda member: _last(member) in parts, OFFICIAL_BYTES)
+    found = {_last(member): content for member, content in contents}
+    if missing := [f"cifar-100-python/{part}" for part in parts if part not in found]:
+        raise UserError(f"{path} lacks {', '.join(missing)}. Fetch {OFFICIAL_ORIGIN}")
+    read = {part: loads(found[part], f"cifar-100-python/{part} in {path}") for part in parts}
     split_of = _split_of(name)
     try:
         classes = read["meta"]["fine_label_names"]
@@ -82,9 +79,11 @@ def from_official(name: str, archives: Path) -> Iterator[Picture]:
                 if classes[label] in split_of:
                     yield Picture(split_of[classes[label]], classes[label], file, np.ascontiguousarray(image))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not laid out as CIFAR-100 is ({error!r}). Fetch {OFFICIAL_ORIGIN}") from error
+
+
+def _last(member: str) -> str:
+    return member.rpartition("/")[2]
 
 
 def _split_of(name: str) -> dict[str, str]:

@@ -6,20 +6,21 @@ The images are copied, so the data set stays whole whatever becomes of the origi
 import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.staging import SPLITS, Contents
+from preprocess.staging import SPLIT_WORDS, SPLITS, Contents, Maker
 from preprocess.writing import Picture, write_images
 from utils.errors import UserError
-from utils.images import list_classes
+from utils.images import Listing, image_suffixes, list_classes
+from utils.names import find_dataset, is_plain, leads_out
 
 NAMED = 5  # missing files that an error names
-SPLIT_WORDS = {split: split for split in SPLITS} | {"valid": "val", "validation": "val"}
+CURE = "Mend what is named, or move it out of the way, then run the same command again"  # of unreadable images
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def maker(options: argparse.Namespace) -> Callable[[Path], Contents] | None:
+def maker(options: argparse.Namespace) -> Maker | None:
     """What fills an empty folder as the options say; None without --from_folder. UserError for bad options."""
     if options.from_folder is None:
         if any(value is not None for value in (options.split, options.seed, options.csv)):
@@ -48,19 +49,30 @@ def maker(options: argparse.Namespace) -> Callable[[Path], Contents] | None:
     _check_place(options.from_folder, options.datasets, options.dataset_dir)
     if (options.split is None) == (options.csv is None):
         raise UserError("--from_folder needs either --split TRAIN VAL TEST or --csv FILE ..., and not both")
+    made = f"--from_folder {options.from_folder.resolve()}"
     if options.csv is None:
         fractions, seed = check_fractions(options.split), _check_seed(options.seed or 0)
-        return partial(split_folder, options.from_folder, fractions, seed)
+        shares = " ".join(map(str, fractions))
+        return Maker(
+            partial(split_folder, options.from_folder, fractions, seed), f"{made} --split {shares} --seed {seed}"
+        )
     if options.seed is not None:
         raise UserError("--seed goes with --split: CSV files leave nothing to chance")
-    return partial(from_csv, options.from_folder, options.csv)
+    files = [str(_locate(options.from_folder, path).resolve()) for path in options.csv]
+    return Maker(partial(from_csv, options.from_folder, options.csv), f"{made} --csv {' '.join(files)}")
 
 
 def _check_place(source: Path, names: Sequence[str], dataset_dir: Path) -> None:
-    if len(names) != 1 or not _is_plain(names[0]):
+    if len(names) != 1 or not is_plain(names[0]):
         raise UserError(f"--from_folder makes one data set: give --datasets one name, not {' '.join(names)}")
     if not source.is_dir():
         raise UserError(f"--from_folder {source} is not a folder")
+    target = find_dataset(dataset_dir, names[0])
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(
+            f"--from_folder {source} lies where the data set would be made, {target}, and must stay as it is: "
+            "give another --datasets name"
+        )
     if dataset_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"the data set would be made in {dataset_dir}, inside --from_folder {source}, which must stay as it is: "
@@ -85,25 +97,44 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a folder or file may have this name: no way out, not hidden."""
-    return name not in ("", ".", "..") and not name.startswith(".") and not set(name) & set("/\\\0")
-
-
 # --- class folders -----------------------------------------------------------------------------------------
 
 
 def split_folder(source: Path, fractions: Sequence[float], seed: int, folder: Path) -> Contents:
-    """Copy `source`/CLASS/* to `folder`/SPLIT/CLASS/*, the classes split by `draw_split`.
+    """Copy `source`/CLASS/* to `folder`/SPLIT/CLASS/*, the classes split by `draw_split`. A note names other images.
 
     UserError for fewer than three classes, a class without images, unreadable images, and splits in place of classes.
     """
     _refuse_split(source)
     listing = list_classes(source)
     split_of = draw_split(list(listing.class_sizes), fractions, seed)
+    _note_others(listing)
     places = (file.split("/", 1) for file in listing.files)
-    pictures = (Picture(split_of[name], name, file, (source / name / file).read_bytes()) for name, file in places)
-    return write_images(folder, pictures, str(source), len(listing.files))
+    pictures = (Picture(split_of[name], name, file, _read_image(source / name / file)) for name, file in places)
+    return write_images(folder, pictures, str(source), len(listing.files), CURE)
+
+
+def _note_others(listing: Listing) -> None:
+    """Print a note on images that are not directly in a class folder."""
+    taken = {listing.root / file for file in listing.files}
+    images = (path for path in listing.root.rglob("*") if path.suffix.lower() in image_suffixes() and path.is_file())
+    others = sorted(path for path in images if path not in taken and not _is_hidden(path.relative_to(listing.root)))
+    if others:
+        print(
+            f"note: {len(others)} images are not directly in a class folder {listing.root}/CLASS and are left out, "
+            f"{str(others[0])!r} among them"
+        )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the image {str(path)!r}: {error.strerror}. {CURE}") from error
 
 
 def _refuse_split(source: Path) -> None:
@@ -156,9 +187,9 @@ def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
     paths = _find_images(source, rows)
     _check_twice(rows, paths)
     pictures = (
-        Picture(row.split, row.label, path.name, path.read_bytes()) for row, path in zip(rows, paths, strict=True)
+        Picture(row.split, row.label, path.name, _read_image(path)) for row, path in zip(rows, paths, strict=True)
     )
-    return write_images(folder, pictures, str(source), len(rows))
+    return write_images(folder, pictures, str(source), len(rows), CURE)
 
 
 def read_rows(source: Path, csv_files: Sequence[Path]) -> list[Row]:
@@ -189,9 +220,8 @@ def _split_of(word: str, where: str) -> str:
 
 def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Place and cells of the columns, line by line. UserError where the file or a cell is missing."""
-    found = path if path.is_file() else source / path
     try:
-        with found.open(newline="", encoding="utf-8-sig") as file:
+        with _locate(source, path).open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, strict=True)
             header = [cell.strip().lower() for cell in next(lines, [])]
             if not set(columns) <= set(header):
@@ -206,10 +236,14 @@ def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[st
         raise UserError(f"cannot read {path} ({error}); it is looked for as given, then in {source}") from error
 
 
+def _locate(source: Path, csv_file: Path) -> Path:
+    return csv_file if csv_file.is_file() else source / csv_file
+
+
 def _check_labels(rows: Sequence[Row]) -> None:
     first: dict[str, Row] = {}
     for row in rows:
-        if not _is_plain(row.label):
+        if not is_plain(row.label):
             raise UserError(f"{row.where}: label {row.label!r} cannot be the name of a folder: change it")
         before = first.setdefault(row.label, row)
         if before.split != row.split:
@@ -224,9 +258,8 @@ def _check_labels(rows: Sequence[Row]) -> None:
 
 def _check_names(rows: Sequence[Row]) -> None:
     for row in rows:
-        path = PureWindowsPath(row.file)  # it knows drives and backslashes too
-        if path.drive or path.root or ".." in path.parts or not _is_plain(path.name):
-            raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, or is hidden")
+        if leads_out(row.file) or not is_plain(row.file.rpartition("/")[2]):
+            raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, is hidden or odd")
 
 
 def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:

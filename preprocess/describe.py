@@ -19,11 +19,11 @@ if not __package__:  # run as a script: Python looks for modules in this folder,
 
 from preprocess import staging
 from preprocess.contact_sheet import contact_sheet
-from preprocess.preprocess import ensure_builtin
+from preprocess.preprocess import ensure_builtin, published_note
 from preprocess.survey import ALIKE, THUMBNAIL, Pictures, count_pairs, identical, near_duplicates, survey
 from utils.errors import UserError
 from utils.images import list_classes
-from utils.names import find_dataset
+from utils.names import find_dataset, missing_dataset
 
 SHOWN = 5  # of duplicates and of unreadable files
 SIZES_SHOWN = 3  # a split with more different image sizes gets their range
@@ -41,20 +41,16 @@ def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[
         raise UserError(f"the contact sheet cannot be {output}: give --output a .png file in a folder that exists")
     splits = {split: survey(list_classes(folder / split)) for split in staging.SPLITS if (folder / split).is_dir()}
     _save(contact_sheet(folder, splits), output)
-    sections = [f"{folder.name} in {folder}", table(splits), shared_classes(splits), duplicates(splits)]
-    return "\n\n".join([*filter(None, [*sections, unreadable(folder, splits)]), f"Contact sheet: {output}"]), output
+    what = [f"{folder.name} in {folder}", published_note(folder)]
+    sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
+    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
 
 
 def _find(name: str, dataset_dir: Path) -> Path:
     ensure_builtin(name, dataset_dir)
     folder = find_dataset(dataset_dir, name)
     if not folder.is_dir():
-        there = sorted(path.name for path in dataset_dir.glob("[!.]*/")) if dataset_dir.is_dir() else []
-        raise UserError(
-            f"No data set {name!r}: there is no folder {folder}. Make it with `python preprocess/preprocess.py "
-            f"--datasets {folder.name}`, or put its images at {folder}/{{train,val,test}}/CLASS/*.png (or .jpg). "
-            f"Data sets in {dataset_dir}: {', '.join(there) or 'none'}"
-        )
+        raise missing_dataset(dataset_dir, name)
     staging.check_complete(folder)
     return folder
 

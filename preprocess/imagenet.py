@@ -23,17 +23,28 @@ TIERED = Published(
 def linked(name: str, images_per_class: int | None, archives: Path) -> Iterator[Picture]:
     """Links to the first images by name of each class, or to all, of ImageNet in class folders.
 
-    UserError where a class has no folder or no images.
+    Prints how many classes have none, as most have in a sample. UserError where no class has any.
     """
     root = archives / FOLDER
     root = root / "train" if (root / "train").is_dir() else root
-    for split, classes in read_split(name).items():
-        for class_name in classes:
-            files = sorted((root / class_name).glob("[!.]*.JPEG"))
-            if not files:
-                raise UserError(f"{root} has no {class_name}/*.JPEG, of which {name} needs images: add that class")
-            for file in files[:images_per_class]:
-                yield Picture(split, class_name, file.name, file.absolute())
+    split_of = {class_name: split for split, classes in read_split(name).items() for class_name in classes}
+    missing = []
+    for class_name, split in split_of.items():
+        files = _jpegs(root / class_name)
+        missing += [] if files else [class_name]
+        for file in files[:images_per_class]:
+            yield Picture(split, class_name, file.name, file.absolute())
+    if missing:
+        lacks = f"{root} has no {missing[0]}/*.JPEG; it lacks {len(missing)} of the {len(split_of)} classes of {name}"
+        if len(missing) == len(split_of):
+            raise UserError(f"{lacks}: add them")
+        print(f"note: {lacks}")
+
+
+def _jpegs(folder: Path) -> list[Path]:
+    """By name; none where there is no such folder."""
+    suffixes = (".jpeg", ".jpg")
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in suffixes)
 
 
 def _folders(name: str, images_per_class: int | None, published: Published) -> Source:
@@ -77,12 +88,6 @@ MINI_IMAGENET = Recipe(
 
 TIERED_IMAGENET = Recipe(
     (
-        class_archives.source(
-            "tiered_imagenet",
-            "tiered_imagenet.tar",
-            "class folders {train,val,test}/nXXXXXXXX/*",
-            TIERED.total,
-        ),
         array_files.source(
             "tiered_imagenet",
             array_files.each_split("{}_images.npz", "{}_labels.pkl"),

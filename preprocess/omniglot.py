@@ -13,22 +13,24 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from preprocess.archives import open_zip
-from preprocess.sources import Recipe, Source
+from preprocess.archives import members, open_zip
+from preprocess.sources import Published, Recipe, Source
 from preprocess.staging import Contents
 from utils.errors import UserError
+from utils.images import open_image
 
 ARCHIVES = {"images_background": 964, "images_evaluation": 659}  # folder, also the zip's name: characters
 SPLIT_SIZES = {"train": 1150, "val": 50, "test": 423}  # characters
 SPLIT_SEED = 0
 IMAGES_PER_CLASS = 20
 DRAWN_SIDE, SIDE = 105, 28  # pixels
-MAX_BYTES = 2**16  # an original takes about 200; no more is read, whatever an archive holds
+MAX_BYTES = 2**16  # an original takes about 200
 MD5 = {  # as its authors published the archives
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-MEMBER = re.compile(r"(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)  # folder, alphabet, character, file
+# Folder, alphabet, character, file.
+MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)
 
 
 def unpack(dataset_dir: Path, folder: Path) -> Contents:
@@ -36,20 +38,19 @@ def unpack(dataset_dir: Path, folder: Path) -> Contents:
 
     UserError, before anything is written, where an archive is missing or has not all its drawings.
     """
-    members = {archive: _members(dataset_dir, archive) for archive in ARCHIVES}
-    contents = split_classes({class_name for of_archive in members.values() for class_name, _ in of_archive.values()})
+    drawings = {archive: _drawings(dataset_dir, archive) for archive in ARCHIVES}
+    contents = split_classes({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
     folder_of = {name: folder / split / name for split, classes in contents.items() for name in classes}
     for path in folder_of.values():
         path.mkdir(parents=True)
-    total = sum(map(len, members.values()))
+    total = sum(map(len, drawings.values()))
     with tqdm(total=total, desc="omniglot", unit=" images", disable=None) as bar:
-        for archive, of_archive in members.items():
-            with open_zip(_path(dataset_dir, archive), ORIGIN) as drawings:
-                for name, (class_name, file) in of_archive.items():
-                    with drawings.open(name) as drawing:
-                        picture = shrink(drawing.read(MAX_BYTES), f"{name} in {drawings.filename}")
-                    picture.save(folder_of[class_name] / file)
-                    bar.update()
+        for archive, of_archive in drawings.items():
+            path = _path(dataset_dir, archive)
+            for name, content in members(path, ORIGIN, of_archive.__contains__, MAX_BYTES):
+                class_name, file = of_archive[name]
+                shrink(content, f"{name!r} in {path}").save(folder_of[class_name] / file)
+                bar.update()
     return contents
 
 
@@ -74,7 +75,7 @@ def split_classes(names: set[str]) -> Contents:
 def shrink(png: bytes, name: str) -> Image.Image:
     """The drawing at 28x28, one channel. UserError, which names it, if it is not a readable image of 105x105."""
     try:
-        with Image.open(BytesIO(png)) as drawing:
+        with open_image(BytesIO(png)) as drawing:
             if drawing.size == (DRAWN_SIDE, DRAWN_SIDE):
                 return drawing.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             reason = "its size is {}x{}".format(*drawing.size)
@@ -83,15 +84,15 @@ def shrink(png: bytes, name: str) -> Image.Image:
     raise UserError(f"{name} is not a drawing of {DRAWN_SIDE}x{DRAWN_SIDE} pixels ({reason}). Fetch the archive again")
 
 
-def _members(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
+def _drawings(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
     """Member name -> class and file name. UserError if the archive has not all its characters and drawings."""
-    members = {}
-    with open_zip(_path(dataset_dir, archive), ORIGIN) as drawings:
-        for name in drawings.namelist():
+    drawings = {}
+    with open_zip(_path(dataset_dir, archive), ORIGIN) as opened:
+        for name in opened.namelist():
             match = MEMBER.fullmatch(name)
             if match and match[1] == archive:
-                members[name] = f"{match[2]}_{match[3]}", match[4]
-    images = Counter(class_name for class_name, _ in members.values())
+                drawings[name] = f"{match[2]}_{match[3]}", match[4]
+    images = Counter(class_name for class_name, _ in drawings.values())
     odd = [name for name in images if images[name] != IMAGES_PER_CLASS]
     if odd or len(images) != ARCHIVES[archive]:
         found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
@@ -99,7 +100,7 @@ def _members(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
             f"{_path(dataset_dir, archive)} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
             f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
         )
-    return members
+    return drawings
 
 
 def _path(dataset_dir: Path, archive: str) -> Path:
@@ -107,4 +108,7 @@ def _path(dataset_dir: Path, archive: str) -> Path:
 
 
 ORIGIN = "Omniglot's two archives, Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot"
-RECIPE = Recipe((Source(tuple(MD5), ORIGIN, unpack, tuple(MD5.items())),))
+RECIPE = Recipe(
+    (Source(tuple(MD5), ORIGIN, unpack, tuple(MD5.items())),),
+    Published(SPLIT_SIZES, IMAGES_PER_CLASS),
+)

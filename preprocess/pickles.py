@@ -8,6 +8,7 @@ into memory and large arrays are views of them, so that reading one takes hardly
 import mmap
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from utils.errors import UserError
 
 LARGE = 2**12  # bytes from which on an object stays in the file
 RELEASE = 2**26  # bytes after which what was read is given back
+# Limits of what a pickle may make out of little: instructions, of 130 bytes of memory at most, and bytes of objects.
+FREE_STEPS, BYTES_PER_STEP = 2**21, 64  # so many steps, and one more for each so many bytes of the file
+FREE_BYTES, BYTES_PER_BYTE = 2**24, 4
 
 
 class RefusedError(Exception):
@@ -39,16 +43,15 @@ def read_pickle(path: Path) -> Any:
         return loads(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
-def release(array: np.ndarray) -> None:
-    """Give back the memory that the file behind an array of read_pickle takes; it is read again when needed."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap):
-        _release(base.obj)
+def release(data: np.ndarray | memoryview) -> None:
+    """Give back the memory that the file behind data of read_pickle takes; it is read again when needed."""
+    base: Any = data
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    _release(base)
 
 
-def _release(data: bytes | mmap.mmap) -> None:
+def _release(data: Any) -> None:
     if isinstance(data, mmap.mmap) and hasattr(data, "madvise"):
         data.madvise(mmap.MADV_DONTNEED)
 
@@ -100,10 +103,7 @@ class _Dtype:
         self.dtype = np.dtype(code)
 
     def set_state(self, state: tuple[Any, ...]) -> None:
-        order, subtype, names, fields = state[1:5]
-        if not (subtype is names is fields is None) or order not in ("<", ">", "|", "="):
-            raise RefusedError("an array of structures")
-        self.dtype = self.dtype.newbyteorder(order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
@@ -146,9 +146,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _bytes(data: str | bytes = b"", encoding: str = "latin1") -> bytes:
+def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes | memoryview:
     """As Python 3 writes bytes in old protocols. Of a number, bytes() would make as many zeros."""
-    return _encode(data, encoding) if isinstance(data, str) else bytes(memoryview(data))
+    if isinstance(data, str):
+        return _encode(data, encoding)
+    return data if isinstance(data, bytes) else memoryview(data)
 
 
 ALLOWED: dict[str, object] = {
@@ -181,23 +183,27 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(source)  # type: ignore[arg-type]  # large reads are memoryviews
         self.read, self.readline = source.read, source.readline
         self.handlers: dict[int, Any] = {**self.dispatch, **HANDLERS}
+        size = len(source.view)
+        self.max_steps, self.max_made = FREE_STEPS + size // BYTES_PER_STEP, FREE_BYTES + size * BYTES_PER_BYTE
+        self.made = 0  # bytes
 
     def load(self) -> Any:
         self.metastack: list[list[Any]] = []
         self.stack = []
         self.append = self.stack.append
         try:
-            while True:
+            for _ in range(self.max_steps):
                 code = self.read(1)
                 if code in REFUSED:
                     raise RefusedError(REFUSED[bytes(code)])
                 self.handlers[code[0]](self)
+            raise RefusedError(f"more objects than its size allows, {self.max_steps:,}")
         except pickle._Stop as stop:  # type: ignore[attr-defined]
             return stop.value
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in ALLOWED:
-            raise RefusedError(f"{module}.{name}")
+            raise RefusedError(f"{module}.{name}".encode("unicode_escape").decode())
         return ALLOWED[f"{module}.{name}"]
 
     def _decode_string(self, value: bytes | memoryview) -> str | bytes | memoryview:
@@ -208,6 +214,19 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(self.stack[-1], _Array | _Dtype):
             raise RefusedError(f"a {type(self.stack[-1]).__name__} with attributes of its own")
         self.stack[-1].set_state(state)
+        self._count(self.stack[-1])
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self.stack[-1](*arguments)
+        self._count(self.stack[-1])
+
+    def _count(self, made: Any) -> None:
+        """Of one text that is in the file once, a hundred arrays may be made."""
+        array = getattr(made, "array", None)
+        self.made += sys.getsizeof(made) if array is None else array.nbytes
+        if self.made > self.max_made:
+            raise RefusedError("objects of many times its size")
 
     def load_frame(self) -> None:
         self.read(8)  # the size of what follows, which only helps to read ahead
@@ -231,6 +250,7 @@ class _Unpickler(pickle._Unpickler):
 
 HANDLERS: dict[int, Callable[[_Unpickler], None]] = {
     pickle.BUILD[0]: _Unpickler.load_build,
+    pickle.REDUCE[0]: _Unpickler.load_reduce,
     pickle.FRAME[0]: _Unpickler.load_frame,
     pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8,
     pickle.SETITEM[0]: _Unpickler.load_setitem,

@@ -9,6 +9,7 @@ line makes one of your own images. Any other NAME is made from an archive of cla
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -18,14 +19,13 @@ if not __package__:  # run as a script: Python looks for modules in this folder,
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from preprocess import cifar100, class_archives, class_folders, cub, digits, glyphs, imagenet, omniglot, staging
-from preprocess.sources import Recipe, check, choose, note_checksums
+from preprocess.sources import Recipe, check, choose, note, note_checksums
+from preprocess.staging import Maker
 from utils.errors import UserError
-from utils.names import canonical_name, find_dataset
-
-Maker = Callable[[Path], staging.Contents]  # folder to fill -> what is now in it
+from utils.names import canonical_name, find_dataset, is_plain
 
 # What needs no download.
-BUILT_IN: dict[str, Maker] = {
+BUILT_IN: dict[str, Callable[[Path], staging.Contents]] = {
     "glyphs": glyphs.draw_glyphs,
     "glyphs_colour": glyphs.draw_glyphs_colour,
     "digits": digits.write_digits,
@@ -45,24 +45,38 @@ def prepare(name: str, dataset_dir: Path, make: Maker | None = None) -> Path:
     """Make data set `name`, in any spelling, in `dataset_dir`, where its archive lies. Returns its folder.
 
     `make` fills it in the place of the recipe of that name. UserError for an unknown name, a missing or damaged
-    archive, one that holds other than what was published, a full disk, and a folder that is incomplete.
+    archive, one that holds other than what was published, a full disk, a folder that is incomplete, and one that is
+    there but was made from something other than what `make` takes.
     """
     target = find_dataset(dataset_dir, name)
     if staging.is_present(target):
         print(f"{target} is there already and left alone: {staging.check_complete(target)}")
+        if make:
+            staging.check_made(target, make.made)
     else:
-        staging.build(target, make or maker(name, dataset_dir))
+        staging.build(target, *(make or maker(name, dataset_dir)))
         print(f"{target} is ready: {staging.check_complete(target)}")
+    if difference := published_note(target):
+        print(difference)
     return target
+
+
+def published_note(target: Path) -> str:
+    """A line that says how the data set at `target` differs from the published one; empty if it does not."""
+    known = canonical_name(target.name)
+    published = RECIPES[known].published if known in RECIPES else None
+    return note(known, staging.count_images(target), published) if published else ""
 
 
 def maker(name: str, dataset_dir: Path) -> Maker:
     """What fills a folder with data set `name`. UserError for an unknown name and for a missing archive."""
+    if not is_plain(name):
+        raise UserError(f"--datasets {name!r} cannot be the name of a folder in {dataset_dir}")
     known = canonical_name(name)
     if known in BUILT_IN:
-        return BUILT_IN[known]
+        return Maker(BUILT_IN[known], "")
     others = class_archives.any_source(known)
-    if known not in RECIPES and not any((dataset_dir / source.needs[0]).is_file() for source in others):
+    if known not in RECIPES and not any(os.path.lexists(dataset_dir / source.needs[0]) for source in others):
         raise UserError(_no_recipe(name, dataset_dir))
     recipe = RECIPES.get(known, Recipe(()))
     source = choose(known, recipe, others, dataset_dir)
@@ -73,7 +87,20 @@ def maker(name: str, dataset_dir: Path) -> Maker:
         check(known, contents, recipe.published)
         return contents
 
-    return make
+    return Maker(make, " and ".join(source.needs))
+
+
+def _check_all(names: Sequence[str], dataset_dir: Path) -> None:
+    """UserError that says of each data set which cannot be made why; before the first, which may take long."""
+    reasons = []
+    for name in names:
+        try:
+            if not is_plain(name) or not staging.is_present(find_dataset(dataset_dir, name)):
+                maker(name, dataset_dir)
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError("\n".join(reasons))
 
 
 def _no_recipe(name: str, dataset_dir: Path) -> str:
@@ -103,14 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         from_folder = class_folders.maker(options)
-        for name in options.datasets:  # all names and archives before the first, which may take long
-            if not (from_folder or staging.is_present(find_dataset(options.dataset_dir, name))):
-                maker(name, options.dataset_dir)
+        if not from_folder:
+            _check_all(options.datasets, options.dataset_dir)
         for name in options.datasets:
             prepare(name, options.dataset_dir, from_folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: no half data set is left; run the same command again", file=sys.stderr)
+        return 130
     return 0
 
 

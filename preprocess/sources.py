@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from preprocess.staging import SPLITS, Contents
 from preprocess.writing import Picture, write_images
 from utils.errors import UserError
 
-SAMPLE = 0.1  # share of the published images up to which a set of fewer classes counts as a sample, not as damaged
+# A sample, not a damaged archive: at most these shares of the published images and of the classes of each split.
+SAMPLE, SAMPLE_CLASSES = 0.1, 0.5
 
 
 class Source(NamedTuple):
@@ -27,7 +29,7 @@ class Published(NamedTuple):
     """What the paper says a data set holds."""
 
     classes: dict[str, int]  # split -> number of classes
-    images: int | dict[str, int]  # of each class, or in each split
+    images: int | dict[str, int]  # of each class, or in each split, or in "all" of them
 
     @property
     def total(self) -> int:
@@ -44,11 +46,14 @@ class Recipe(NamedTuple):
 def choose(name: str, recipe: Recipe, others: Sequence[Source], dataset_dir: Path) -> Source:
     """The first of the recipe's sources, then of the `others`, whose files are all there.
 
-    UserError, where there is none, that lists each of the recipe's forms and what to fetch for it.
+    UserError, where there is none, that names a folder in the place of an archive or a link to nothing, or lists each
+    of the recipe's forms and what to fetch for it.
     """
     for source in (*recipe.sources, *others):
         if not _missing(source, dataset_dir):
             return source
+    for source in (*recipe.sources, *others):
+        _refuse_odd(source, dataset_dir)
     forms = [_form(source, dataset_dir) for source in recipe.sources]
     forms += [f"{' or '.join(source.needs[0] for source in others)}: {others[0].origin}"] if others else []
     listed = "".join(f"\n  {form}" for form in forms)
@@ -87,7 +92,20 @@ def note_checksums(source: Source, dataset_dir: Path) -> None:
 
 
 def _missing(source: Source, dataset_dir: Path) -> list[str]:
-    return [name for name in source.needs if not (dataset_dir / name).exists()]
+    return [name for name in source.needs if not _is_there(dataset_dir / name)]
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and not path.suffix)
+
+
+def _refuse_odd(source: Source, dataset_dir: Path) -> None:
+    """UserError where what it needs is a link to nothing, or a folder in the place of an archive."""
+    for path in (dataset_dir / name for name in _missing(source, dataset_dir)):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove the link")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not an archive. Put the archive there as it is (do not unpack it)")
 
 
 def _form(source: Source, dataset_dir: Path) -> str:
@@ -97,22 +115,27 @@ def _form(source: Source, dataset_dir: Path) -> str:
 
 
 def check(name: str, contents: Contents, published: Published | None) -> None:
-    """Compare what a source held with what the paper says. UserError with the differences.
-
-    A small sample, which many people cut for their tests, is taken with a note that says so.
-    """
+    """Compare what a source held with what the paper says. UserError with the differences; a small sample passes."""
     _check_overlap(name, contents)
-    if published is None:
-        return
-    differences = _differences(contents, published)
-    if differences and _is_sample(contents, published):
-        print(f"note: this is a sample of {name}, not the published data set: {differences[0]}")
-    elif differences:
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+    differences = _differences(contents, published) if published else []
+    if published and differences and not _is_sample(contents, published):
         raise UserError(
-            f"{name} does not hold what was published: {shown}. Its archive is incomplete or another one; "
-            "it is untouched, and nothing was made of it. Fetch it again, or another form of it"
+            f"{name} does not hold what was published: {_shown(differences)}. Its archive is incomplete or another "
+            "one; it is untouched, and nothing was made of it. Fetch it again, or another form of it"
         )
+
+
+def note(name: str, contents: Contents, published: Published) -> str:
+    """A line that says how data set `name` differs from the published one; empty if it has as many images."""
+    differences = _differences(contents, published)
+    if not differences:
+        return ""
+    what = f"a sample of {name}," if _is_sample(contents, published) else f"{name}, but"
+    return f"note: this is {what} not the published data set: {_shown(differences)}"
+
+
+def _shown(differences: list[str]) -> str:
+    return "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
 
 
 def _check_overlap(name: str, contents: Contents) -> None:
@@ -136,10 +159,12 @@ def _differences(contents: Contents, published: Published) -> list[str]:
             for class_name, images in classes.items()
             if images != published.images
         ]
+    images = {split: sum(classes.values()) for split, classes in contents.items()}
+    images["all"] = sum(images.values())
     return found + [
-        f"{split} has {_less_or_more(sum(contents.get(split, {}).values()), images, 'images')}"
-        for split, images in published.images.items()
-        if sum(contents.get(split, {}).values()) != images
+        f"{'it' if part == 'all' else part} has {_less_or_more(images.get(part, 0), wanted, 'images')}"
+        for part, wanted in published.images.items()
+        if images.get(part, 0) != wanted
     ]
 
 
@@ -148,7 +173,7 @@ def _less_or_more(found: int, wanted: int, what: str) -> str:
 
 
 def _is_sample(contents: Contents, published: Published) -> bool:
-    """Every split has fewer classes than published, and all of them together few images."""
+    """Every split has far fewer classes than published, and all of them together few images."""
     found = sum(sum(classes.values()) for classes in contents.values())
-    fewer = all(0 < len(contents.get(split, {})) < published.classes[split] for split in SPLITS)
-    return fewer and found <= SAMPLE * published.total
+    few = all(0 < len(contents.get(split, {})) <= SAMPLE_CLASSES * published.classes[split] for split in SPLITS)
+    return few and found <= SAMPLE * published.total

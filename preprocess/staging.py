@@ -1,8 +1,8 @@
 """How every data set comes to be: built beside its place, checked, then moved there in one step.
 
 A data set is a folder NAME/{train,val,test}/CLASS/IMAGE with a `contents.json` that says how many images each
-class was built with. Whatever interrupts a build, NAME is either absent or whole; nothing that this module
-did not make is ever removed.
+class was built with, and from what. Whatever interrupts a build, NAME is either absent or whole; nothing that this
+module did not make is ever removed.
 """
 
 import errno
@@ -14,15 +14,32 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.errors import UserError
 
 Contents = dict[str, dict[str, int]]  # split -> class_name -> number of images
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {split: split for split in SPLITS} | {"valid": "val", "validation": "val"}  # in lower case
 CONTENTS_FILE = "contents.json"
+MADE = "made from"  # its key beside the splits; older files have none
 
 
-def build(target: Path, write_images: Callable[[Path], Contents]) -> None:
+class Maker(NamedTuple):
+    """What makes a data set."""
+
+    fill: Callable[[Path], Contents]  # an empty folder -> what must be in it now
+    made: str  # what from, in words; it is recorded, and another one is another data set
+
+
+class Record(NamedTuple):
+    """A contents.json."""
+
+    contents: Contents
+    made: str  # empty where it was not recorded
+
+
+def build(target: Path, write_images: Callable[[Path], Contents], made: str = "") -> None:
     """Make the data set folder `target`: `write_images` fills an empty folder and says what must be in it.
 
     UserError where images are missing then, or the disk is full or not writable; nothing is left behind.
@@ -32,26 +49,83 @@ def build(target: Path, write_images: Callable[[Path], Contents]) -> None:
         missing = shortfall(expected, count_images(folder))
         if missing:
             raise UserError(f"{target.name} came out incomplete and was not kept: {missing}")
-        (folder / CONTENTS_FILE).write_text(json.dumps(expected, indent=1))
+        (folder / CONTENTS_FILE).write_text(json.dumps(expected | ({MADE: made} if made else {}), indent=1))
 
 
 def is_present(target: Path) -> bool:
     """Whether there is a data set at `target`, or anything else that must not be written over."""
-    return target.is_file() or (target.is_dir() and any(target.iterdir()))
+    return target.is_file() or target.is_symlink() or (target.is_dir() and any(target.iterdir()))
 
 
 def check_complete(target: Path) -> str:
     """One line on what `target` holds. UserError where images are missing, with the first of them."""
-    found = count_images(target)
-    record = target / CONTENTS_FILE
-    missing = shortfall(json.loads(record.read_text()), found) if record.is_file() else ""
-    if missing or not any(sum(classes.values()) for classes in found.values()):
-        missing = missing or f"it has no images in train/, val/ or test/ (archives belong into {target.parent})"
+    found, record = count_images(target), _read_record(target)
+    if record and (missing := shortfall(record.contents, found)):
         raise UserError(
             f"{target} is there but not complete: {missing}. Nothing was changed: "
             "move it away or delete it, then run the same command again"
         )
-    return summary(found) + ("" if record.is_file() else " (not built by this program: not checked further)")
+    if not any(sum(classes.values()) for classes in found.values()):
+        raise UserError(f"{target} {_why_no_images(target)}. Nothing was changed")
+    if record is None:
+        return f"{summary(found)}{_misnamed(target)} (not built by this program: not checked further)"
+    return summary(found) + (f" (made from {record.made})" if record.made else "")
+
+
+def _misnamed(target: Path) -> str:
+    """Folders of splits under another name, in words; empty if there are none."""
+    names = sorted(path.name for path in target.iterdir() if path.name not in SPLITS and path.is_dir())
+    return "".join(
+        f"; {name}/ is not read, rename it to {SPLIT_WORDS[name.lower()]}/"
+        for name in names
+        if name.lower() in SPLIT_WORDS
+    )
+
+
+def check_made(target: Path, made: str) -> None:
+    """UserError where the data set at `target` is known to be made from something else."""
+    record = _read_record(target)
+    was = record.made if record else "files that were put there"
+    if was and was != made:
+        raise UserError(
+            f"{target} is there already, made from {was}; this command asks for {made}. Nothing was changed: "
+            "give the new one another --datasets name"
+        )
+
+
+def _read_record(target: Path) -> Record | None:
+    """None where there is none, as in a data set that was not built here. UserError for a damaged one."""
+    file = target / CONTENTS_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        made = content.pop(MADE, "")
+        if not all(isinstance(images, int) for classes in content.values() for images in classes.values()):
+            raise ValueError("its counts are no numbers")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}), so the images of {target} cannot be checked. Put a copy of it back; or, "
+            "to go on unchecked, move that one file away. Nothing was changed"
+        ) from error
+    return Record(content, str(made))
+
+
+def _why_no_images(target: Path) -> str:
+    """What is at `target` in the place of {train,val,test}/CLASS/*."""
+    if not target.is_dir():
+        return (
+            f"is a link to {os.readlink(target)}, which is not there"
+            if target.is_symlink()
+            else "is a file, not a folder"
+        )
+    folders = [path.name for path in target.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if any(name.lower() not in SPLIT_WORDS for name in folders):
+        return (
+            "has no images in train/, val/ or test/. If these are class folders that are not split, make a data set "
+            f"of another name of them: --datasets NAME --from_folder {target} --split 0.64 0.16 0.2"
+        )
+    return f"has no images in train/, val/ or test/ (archives belong into {target.parent}){_misnamed(target)}"
 
 
 def count_images(folder: Path) -> Contents:
@@ -80,9 +154,12 @@ def shortfall(expected: Contents, found: Contents) -> str:
 
 
 def summary(contents: Contents) -> str:
-    """For example: train 64 classes, 38400 images; val 16 classes, 9600 images."""
+    """For example: train 64 classes, 38400 images; val 16 classes, 9600 images; no test."""
     return "; ".join(
-        f"{split} {len(classes)} classes, {sum(classes.values())} images" for split, classes in contents.items()
+        f"{split} {len(contents[split])} classes, {sum(contents[split].values())} images"
+        if contents.get(split)
+        else f"no {split}"
+        for split in SPLITS
     )
 
 

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.images import Listing, decode_image, in_processes
+from utils.images import Listing, decode_image, in_processes, open_image
 
 THUMBNAIL = 16  # pixels to a side
 ALIKE = 0.99  # correlation of two thumbnails; in CIFAR-FS every pair above it shows one photo, stored differently
@@ -88,7 +88,7 @@ def _no_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _measure(root: Path, file: str) -> Pictures:
-    with Image.open(root / file) as image:
+    with open_image(root / file) as image:
         width, height = image.size
         if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
             width, height = height, width

@@ -1,8 +1,7 @@
 """Writing the images of a data set: each one checked to decode, several at a time, at most a few in memory."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,18 @@ from tqdm import tqdm
 
 from preprocess.staging import Contents
 from utils.errors import UserError
+from utils.images import IMAGE_FORMATS, in_order, open_image, plain_image
+from utils.names import is_plain
 
 NAMED = 20  # unreadable images that an error names
 THREADS = 4  # Pillow and the disk work outside Python's lock
+AHEAD = 16  # pieces that are under way
 PIECE = 32  # images that a thread takes at once, fewer if they are large
 PIECE_BYTES = 2**22
+ARCHIVE_CURE = (
+    "Fetch the archive again. To do without them, unpack it yourself to class folders and train with "
+    "--skip_bad_images true"
+)
 
 
 class Picture(NamedTuple):
@@ -35,25 +41,26 @@ class Done(NamedTuple):
     images: int
 
 
-def write_images(folder: Path, pictures: Iterable[Picture], name: str, total: int | None = None) -> Contents:
+def write_images(
+    folder: Path, pictures: Iterable[Picture], name: str, total: int | None = None, cure: str = ARCHIVE_CURE
+) -> Contents:
     """Write each picture to `folder`/SPLIT/CLASS/FILE; returns how many each class has.
 
     UserError, which names them, for images that do not decode, for two of one name in a class, and for a class or
-    file name that is no plain name. `total` is for the progress bar.
+    file name that is no plain name. `total` is for the progress bar; `cure` says what to do about unreadable images.
     """
     contents: Contents = {}
     bad: list[str] = []
     Image.init()  # here, because threads that meet a rare format at once would not all find it
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
         pieces = (pool.submit(_write, folder, piece) for piece in _pieces(_counted(folder, pictures, contents)))
-        for unreadable, done in _few_ahead(pieces):
+        for unreadable, done in in_order(pieces, AHEAD):
             bad += unreadable
             bar.update(done)
     if bad:
         raise UserError(
             f"{name}: {len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read: {'; '.join(bad[:NAMED])}"
-            f"{f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''}. Fetch the archive again. To do without "
-            "them, unpack it yourself to class folders and train with --skip_bad_images true"
+            f"{f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''}. {cure}"
         )
     return contents
 
@@ -71,7 +78,7 @@ def _counted(folder: Path, pictures: Iterable[Picture], contents: Contents) -> I
 
 
 def _refuse_path(name: str) -> None:
-    if name.startswith(".") or not name or set(name) & set("/\\\0"):
+    if not is_plain(name):
         raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
 
 
@@ -94,17 +101,6 @@ def _size(picture: Picture) -> int:
         case np.ndarray() as content:
             return content.nbytes
     return 0
-
-
-def _few_ahead(pieces: Iterator[Future[Done]], ahead: int = 16) -> Iterator[Done]:
-    """Results in order; at most `ahead` pieces are under way, so that memory stays flat."""
-    pending: deque[Future[Done]] = deque()
-    for future in pieces:
-        pending.append(future)
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _write(folder: Path, pictures: list[Picture]) -> Done:
@@ -134,15 +130,20 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def why_unreadable(content: bytes) -> str:
-    """Empty if the image decodes to its end. JPEGs are decoded at an eighth of their size, which reads them all."""
+    """Empty if the image decodes to its end, to what the cache takes.
+
+    JPEGs are decoded at an eighth of their size, which reads them all.
+    """
     try:
-        with Image.open(BytesIO(content)) as image:
+        with open_image(BytesIO(content)) as image:
             image.verify()  # the checksums of a PNG, which are not looked at in decoding
-        with Image.open(BytesIO(content)) as image:
+        with open_image(BytesIO(content)) as image:
             image.draft(None, (1, 1))
-            image.load()
+            plain_image(image)
     except MemoryError:  # says nothing about the image
         raise
+    except UnidentifiedImageError:
+        return f"not an image, or none of {', '.join(IMAGE_FORMATS)}"
     except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
-        return "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     return ""

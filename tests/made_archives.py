@@ -44,6 +44,11 @@ def pack(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
+def mapped() -> int:
+    """KiB of files that this process holds in memory; Linux only."""
+    return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0])
+
+
 def left_in(folder: Path) -> list[str]:
     """The data sets in the folder, hidden staging folders too."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir())

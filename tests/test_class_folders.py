@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from PIL import Image
 
 from preprocess import staging
 from preprocess.class_folders import add_options, draw_split, from_csv, maker, read_rows, split_folder
+from preprocess.preprocess import main
 from utils.errors import UserError
 
 THIRDS = (0.5, 0.25, 0.25)
+COUNTS = "train 4 classes, 8 images; val 2 classes, 4 images; test 2 classes, 4 images"  # of all photos split so
 
 
 def png(level: int) -> bytes:
@@ -53,9 +56,9 @@ def options(*arguments: str | Path) -> argparse.Namespace:
 
 
 def make(target: Path, *arguments: str | Path) -> staging.Contents:
-    fill = maker(options(*arguments))
-    assert fill is not None
-    return fill(target)
+    made = maker(options(*arguments))
+    assert made is not None
+    return made.fill(target)
 
 
 # ---------------------------------------------------------------- class folders
@@ -120,6 +123,31 @@ def test_an_empty_class_and_an_unreadable_image_are_named(photos: Path, target: 
     (photos / "cow" / "0.png").write_bytes(png(1)[:30])
     with pytest.raises(UserError, match=r"1 image cannot be read: \w+/cow/0\.png"):
         split_folder(photos, THIRDS, 0, target)
+
+
+def test_images_that_are_not_directly_in_a_class_folder_are_noted(
+    photos: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split_folder(photos, THIRDS, 0, target / "all")
+    assert capsys.readouterr().out == ""
+    for name in ("loose.jpg", "ant/more/9.PNG", ".hidden/0.png", "ant/._0.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(png(1))
+    split_folder(photos, THIRDS, 0, target / "without")
+    said = capsys.readouterr().out
+    assert f"note: 2 images are not directly in a class folder {photos}/CLASS and are left out" in said
+    assert f"'{photos}/ant/more/9.PNG' among them" in said
+
+
+def test_an_image_of_ones_own_that_cannot_be_read_is_to_be_mended_not_fetched(photos: Path, target: Path) -> None:
+    (photos / "ant" / "0.png").write_bytes(png(1)[:30])
+    with pytest.raises(UserError, match=r"1 image cannot be read: .*Mend what is named, or move it out") as error:
+        split_folder(photos, THIRDS, 0, target)
+    assert "archive" not in str(error.value)
+    (photos / "ant" / "0.png").unlink()
+    (photos / "ant" / "0.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot read the image '.*ant/0\.png': No such file.*Mend"):
+        split_folder(photos, THIRDS, 0, target / "again")
 
 
 # ---------------------------------------------------------------- CSV files
@@ -193,6 +221,7 @@ def test_one_csv_file_with_a_split_column_is_enough(flat: Path, target: Path) ->
         ("val.csv", "n031.png", "../train.csv", r"val\.csv, line 3: file name '\.\./train\.csv' leads out"),
         ("val.csv", "n031.png", "/etc/passwd", "leads out of the folder"),
         ("val.csv", "n031.png", "C:x.png", "leads out of the folder"),
+        ("val.csv", "n031.png", ".n031.png", "leads out of the folder of images, is hidden"),
         (
             "val.csv",
             "n031.png",
@@ -218,6 +247,7 @@ def test_what_is_wrong_in_a_csv_file_is_named_with_its_line_and_nothing_is_copie
 ) -> None:
     (flat / "sub").mkdir()
     (flat / "sub" / "n030.png").write_bytes(png(1))
+    (flat / ".n031.png").write_bytes(png(1))
     edit(flat / file, old, new)
     with pytest.raises(UserError, match=message):
         from_csv(flat, CSVS, target)
@@ -278,3 +308,50 @@ def test_the_data_set_cannot_be_made_inside_the_users_folder(photos: Path, tmp_p
     assert maker(options("--from_folder", photos, *split, "--dataset_dir", tmp_path))
     with pytest.raises(UserError, match=r"--from_folder .*README\.md is not a folder"):
         maker(options("--from_folder", photos / "README.md", *split))
+
+
+def test_a_data_set_of_ones_own_images_cannot_take_their_place(photos: Path, tmp_path: Path) -> None:
+    split: list[str | Path] = ["--split", "0.6", "0.2", "0.2", "--dataset_dir", tmp_path, "--datasets", "Photos"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"lies where the data set would be made, .*give another --datasets name"):
+        maker(options("--from_folder", photos, *split))
+    assert maker(options("--from_folder", photos, *split, "--dataset_dir", tmp_path / "other"))
+
+
+def test_another_split_of_a_data_set_that_is_there_is_an_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*changes: str) -> tuple[int, str]:
+        split = ["--from_folder", str(photos), "--split", "0.5", "0.25", "0.25"]
+        code = main(["--datasets", "mine", "--dataset_dir", str(tmp_path), *split, *changes])
+        return code, "".join(capsys.readouterr())
+
+    made = f"made from --from_folder {photos} --split 0.5 0.25 0.25 --seed 0"
+    assert run() == (0, f"{tmp_path}/mine is ready: {COUNTS} ({made})\n")
+    before = files_in(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert run() == run("--seed", "0") == (0, f"{tmp_path}/mine is there already and left alone: {COUNTS} ({made})\n")
+    for changes in (
+        ["--seed", "7"],
+        ["--split", "0.25", "0.5", "0.25"],
+        ["--from_folder", str(tmp_path / "other")],
+    ):
+        code, said = run(*changes)
+        assert code == 2 and f"mine is there already, {made}; this command asks for --from_folder" in said
+    record = tmp_path / "mine" / staging.CONTENTS_FILE
+    assert files_in(tmp_path) == before
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({split: content[split] for split in staging.SPLITS}))
+    assert run("--seed", "7")[0] == 0  # as older versions wrote it: not known
+    record.unlink()
+    code, said = run()
+    assert code == 2 and "made from files that were put there; this command asks for" in said
+
+
+def test_ones_own_images_do_not_pass_for_a_published_data_set(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--from_folder", str(photos), "--split", "0.5", "0.25", "0.25", "--dataset_dir", str(tmp_path)]
+    for _ in range(2):
+        assert main(["--datasets", "CIFAR_FS", *arguments]) == 0
+        assert "not the published data set: train has 4 classes, 60 fewer than 64" in capsys.readouterr().out

@@ -11,7 +11,9 @@ from PIL import Image
 
 from preprocess import cub, staging
 from preprocess.preprocess import prepare
-from preprocess.sources import read_split
+from preprocess.sources import check, read_split
+from preprocess.staging import Contents
+from tests.made_archives import pack
 from utils.errors import UserError
 
 
@@ -44,12 +46,6 @@ def write_archive(
             archive.addfile(member, io.BytesIO(content))
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many photos as SMALL has are taken for all of CUB."""
-    monkeypatch.setattr(cub, "IMAGES", 4)
-
-
 def test_the_split_is_cxgrads_by_class_number(shared: Path) -> None:
     split = read_split("CUB")
     assert split == {
@@ -62,9 +58,7 @@ def test_the_split_is_cxgrads_by_class_number(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("prefix", "list_first"), [("", True), ("./", False)])
-def test_photos_come_to_the_split_of_their_class_unchanged(
-    few: None, tmp_path: Path, prefix: str, list_first: bool
-) -> None:
+def test_photos_come_to_the_split_of_their_class_unchanged(tmp_path: Path, prefix: str, list_first: bool) -> None:
     write_archive(tmp_path, SMALL, prefix=prefix, list_first=list_first)
     (tmp_path / "CUB").mkdir()
     contents = cub.unpack(tmp_path, tmp_path / "CUB")
@@ -94,38 +88,60 @@ def test_an_archive_of_200_classes_and_11788_photos_is_the_data_set(
     )
     (tmp_path / "other").mkdir()
     write_archive(tmp_path / "other", classes, without=[f"200.Bird/{i}.jpg" for i in range(59)])
-    with pytest.raises(UserError, match=r"11,729 photos of the 11,788 of CUB, 59 too few"):
+    with pytest.raises(UserError, match=r"lacks 59 of the 11,788 photos that"):
         prepare("CUB", tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == [cub.ARCHIVE]
 
 
-def test_missing_photos_are_counted_and_named(few: None, tmp_path: Path) -> None:
+def test_missing_photos_are_counted_and_named(tmp_path: Path) -> None:
     write_archive(tmp_path, SMALL, without=["002.Laysan_Albatross/Laysan_Albatross_0001_545.jpg"])
-    lost = r"3 photos of the 4 of CUB, 1 too few\. .*lists 002\.Laysan_Albatross/Laysan_Albatross_0001_545\.jpg\. Fetch"
+    lost = r"lacks 1 of the 4 photos that its images\.txt lists: '002\.\w+/Laysan_Albatross_0001_545\.jpg'\. Fetch"
     with pytest.raises(UserError, match=lost):
-        cub.unpack(tmp_path, tmp_path / "CUB")
+        prepare("CUB", tmp_path)
+    everything = SMALL | {"004.Groove_billed_Ani": [f"{i}.jpg" for i in range(11_785)]}
+    write_archive(tmp_path, everything, without=[f"004.Groove_billed_Ani/{i}.jpg" for i in range(11_785)])
+    with pytest.raises(UserError, match=r"lacks 11,785 of the 11,788 .*_Ani/2\.jpg' and 11,782 more\. Fetch"):
+        prepare("CUB", tmp_path)
 
 
-def test_photos_that_are_not_listed_do_not_make_up_for_missing_ones(few: None, tmp_path: Path) -> None:
+def test_photos_that_are_not_listed_do_not_make_up_for_missing_ones(tmp_path: Path) -> None:
     swapped = SMALL | {"002.Laysan_Albatross": ["other.jpg"]}
     write_archive(tmp_path, swapped | {"006.Least_Auklet": ["a.jpg"]}, without=["002.Laysan_Albatross/other.jpg"])
-    with pytest.raises(UserError, match=r"4 photos of the 4 of CUB\. .*lists 002\.Laysan_Albatross/other\.jpg\. Fetch"):
-        cub.unpack(tmp_path, tmp_path / "CUB")
+    with pytest.raises(UserError, match=r"lacks 1 of the 5 photos .*lists: '002\.Laysan_Albatross/other\.jpg'\. Fetch"):
+        prepare("CUB", tmp_path)
 
 
-def test_too_many_photos_and_a_class_outside_the_200_are_errors(few: None, tmp_path: Path) -> None:
-    write_archive(tmp_path, SMALL | {"006.Least_Auklet": ["a.jpg", "b.jpg"]})
-    with pytest.raises(UserError, match="6 photos of the 4 of CUB, 2 too many"):
-        cub.unpack(tmp_path, tmp_path / "CUB")
+def test_a_class_outside_the_200_is_an_error_and_hidden_files_are_no_photos(tmp_path: Path) -> None:
     write_archive(tmp_path, SMALL | {"201.Dodo": ["a.jpg"]})
     with pytest.raises(UserError, match=r"class '201\.Dodo', which is none of CUB's 200"):
-        cub.unpack(tmp_path, tmp_path / "other")
-
-
-def test_a_small_cut_of_cub_is_not_taken_for_it(tmp_path: Path) -> None:
-    write_archive(tmp_path, SMALL)
-    with pytest.raises(UserError, match=r"4 photos of the 11,788 of CUB, 11,784 too few"):
         prepare("CUB", tmp_path)
+    pack(tmp_path / cub.ARCHIVE, {"CUB_200_2011/images/001.Black_footed_Albatross/._1.jpg": b"of macOS"})
+    assert cub.unpack(tmp_path, tmp_path / "CUB") == {}
+
+
+def sizes(total: int) -> Contents:
+    """Of 200 classes in CUB's split."""
+    contents: Contents = {"train": {}, "val": {}, "test": {}}
+    for number, split in enumerate([*["train"] * 100, *["val"] * 50, *["test"] * 50]):
+        contents[split][f"{number:03d}"] = total // 200 + (number < total % 200)
+    return contents
+
+
+def test_all_photos_are_counted_in_every_form_of_cub(tmp_path: Path) -> None:
+    published = cub.RECIPE.published
+    check("CUB", sizes(11_788), published)
+    for total, difference in ((11_787, "1 fewer"), (11_789, "1 more"), (200, "11588 fewer")):
+        with pytest.raises(UserError, match=f"{total} images, {difference} than 11788"):
+            check("CUB", sizes(total), published)
+    pack(tmp_path / "CUB.zip", {f"{split}/{name}/0.jpg": JPEG for split, names in sizes(200).items() for name in names})
+    with pytest.raises(UserError, match="200 images, 11588 fewer than 11788"):
+        prepare("CUB", tmp_path)
+
+
+def test_a_small_cut_of_cub_is_called_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_archive(tmp_path, SMALL)
+    prepare("CUB", tmp_path)
+    assert "a sample of CUB, not the published data set: train has 1 classes" in capsys.readouterr().out
 
 
 def test_a_missing_archive_says_what_to_fetch_and_where_to_put_it(tmp_path: Path) -> None:
@@ -135,7 +151,7 @@ def test_a_missing_archive_says_what_to_fetch_and_where_to_put_it(tmp_path: Path
 
 
 def test_an_unreadable_photo_is_named_and_an_archive_cut_short_is_damaged(
-    few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_archive(tmp_path, SMALL)
     archive = tmp_path / cub.ARCHIVE

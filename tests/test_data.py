@@ -164,7 +164,7 @@ def test_one_channel_gives_grey_images(toys: Path) -> None:
 
 
 def test_files_that_are_not_images_and_hidden_ones_are_ignored(toys: Path) -> None:
-    for name in ("labels.txt", ".DS_Store", "Thumbs.db", "._0.png"):
+    for name in ("labels.txt", ".DS_Store", "Thumbs.db", "._0.png", "Icon\r", "desktop.ini"):
         (toys / "TOYS/train/a" / name).write_text("no image")
         (toys / "TOYS/train" / name).write_text("no image")
     (toys / "TOYS/train/__MACOSX").mkdir()
@@ -227,10 +227,15 @@ SPOILERS: list[Callable[[Path], object]] = [
     lambda file: file.write_bytes(b"<html>404 Not Found</html>"),
     lambda file: Image.new("F", (8, 8)).save(file, "TIFF"),
     lambda file: Image.new("L", (20_000, 20_000)).save(file),  # a decompression bomb to Pillow
+    lambda file: Image.new("1", (9_500, 9_500)).save(file),  # Pillow would only warn
+    lambda file: Image.new("L", (8, 8)).save(file, "PCX"),  # not among the formats that are read
 ]
 
 
-@pytest.mark.parametrize("spoil", SPOILERS, ids=["truncated", "dangling", "empty", "html", "float", "bomb"])
+@pytest.mark.parametrize(
+    "spoil", SPOILERS, ids=["truncated", "dangling", "empty", "html", "float", "bomb", "large", "pcx"]
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unreadable_image_is_named_and_can_be_skipped(
     toys: Path, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -617,7 +622,7 @@ def test_on_a_gpu_the_batches_are_the_same_with_and_without_a_resident_split(
 
 
 def test_more_ways_than_classes_names_both_numbers(toys: Path) -> None:
-    with pytest.raises(UserError, match=r"5 classes, but TOYS/train has 3: lower --num_classes_per_set"):
+    with pytest.raises(UserError, match=r"5 classes, but TOYS/train has 3: lower the way \(--num_classes_per_set"):
         Episodes(_toys(toys), 5, 1, 2, 0, None, None, CPU)
 
 

@@ -53,8 +53,8 @@ def described(folder: Path, **options: Path) -> str:
     return describe(folder.name, folder.parent, options.get("output", folder.parent / "sheet.png"))[0]
 
 
-def surveyed(folder: Path) -> dict:
-    return {split: survey(list_classes(folder / split), 1) for split in staging.SPLITS}
+def surveyed(folder: Path, workers: int | None = 1) -> dict:
+    return {split: survey(list_classes(folder / split), workers) for split in staging.SPLITS}
 
 
 # ---------------------------------------------------------------- numbers
@@ -128,6 +128,12 @@ def test_a_class_that_is_in_two_splits_is_named(data_set: Path) -> None:
     assert "several splits" not in described(data_set)
     save(photo(40), data_set / "test" / "owl" / "0.png")
     assert "in several splits: 1\n  owl (train, test)" in described(data_set)
+
+
+def test_a_set_that_differs_from_the_published_one_of_its_name_is_said_so(data_set: Path) -> None:
+    assert "published" not in described(data_set)
+    text = described(data_set.rename(data_set.parent / "cifar-fs"))
+    assert "a sample of CIFAR_FS, not the published data set: train has 2 classes, 62 fewer than 64" in text
 
 
 def test_unreadable_images_are_named_and_left_out(data_set: Path) -> None:
@@ -217,7 +223,7 @@ def test_the_15_pixel_identical_pairs_across_the_splits_of_cifar_fs_are_found(sh
     from preprocess.preprocess import prepare
 
     (tmp_path / "cifar100.zip").symlink_to(shared / "data" / "cifar100.zip")
-    splits = surveyed(prepare("CIFAR_FS", tmp_path))
+    splits = surveyed(prepare("CIFAR_FS", tmp_path), workers=None)
     groups = identical(splits)
     known = json.loads((shared / "facts" / "cifar100_pixel_duplicates.json").read_text())
     assert {frozenset(path.partition("/")[2] for path in group) for group in groups} == {
@@ -279,6 +285,10 @@ def test_a_data_set_that_lost_images_or_has_no_classes_is_an_error(data_set: Pat
         described(data_set)
     (data_set.parent / "empty" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match="no images in train/, val/ or test/"):
+        described(data_set.parent / "empty")
+    (data_set.parent / "empty" / "train").rmdir()
+    save(photo(1), data_set.parent / "empty" / "owl" / "0.png")
+    with pytest.raises(UserError, match=r"not split, make .*--from_folder .*/empty --split"):
         described(data_set.parent / "empty")
     (data_set / staging.CONTENTS_FILE).unlink()
     (data_set / "val" / "wren").mkdir()

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess import pickles
 from preprocess.pickles import loads, read_pickle, release
-from tests.made_archives import left_in
+from tests.made_archives import left_in, mapped
 from utils.errors import UserError
 
 PROTOCOLS = range(6)
@@ -205,6 +207,54 @@ def test_lists_that_hold_one_another_many_times_are_read_quickly() -> None:
         deep = [deep]
     loads(b"]" * 50_000 + b"a" * 49_999 + b".", "x")  # nor does depth matter
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("step", [b"]", b"\x94", b"\x85", b"(", b"2"], ids=["list", "memo", "tuple", "mark", "copy"])
+def test_a_small_file_of_millions_of_objects_is_refused(step: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "FREE_STEPS", 2**14)
+    tracemalloc.start()
+    refused(b"\x80\x02N" + step * 2**19 + b".", "holds more objects than its size allows")
+    assert tracemalloc.get_traced_memory()[1] < 4e6  # 250 bytes a step
+    tracemalloc.stop()
+
+
+TEXT = b"\x80\x03X" + struct.pack("<I", 2**20) + b"t" * 2**20 + b"q\x00"  # 1 MiB, as number 0 of the memo
+DATA = b"\x80\x03B" + struct.pack("<I", 39996) + b"t\0\0\0" * 9999 + b"q\x00"  # 9999 letters of 4 bytes
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT + b"](" + b"c_codecs\nencode\n(h\x00X\x06\0\0\0latin1tR" * 100 + b"e.",
+        TEXT + b"](" + b"c__builtin__\nbytes\nh\x00\x85R" * 100 + b"e.",
+        TEXT + b"](" + (ARRAY + b"(I1\n(I1048576\ntcnumpy\ndtype\n(S'u1'\ntRI00\nh\x00tb") * 100 + b"e.",
+        DATA + b"](" + b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'U9999'\ntRh\x00tR" * 5000 + b"e.",
+    ],
+    ids=["text encoded", "bytes of text", "arrays of text", "texts of an array"],
+)
+def test_one_text_made_into_bytes_many_times_is_refused(data: bytes) -> None:
+    tracemalloc.start()
+    refused(data, "holds objects of many times its size")
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
+
+
+def test_bytes_that_are_asked_for_many_times_are_the_same_bytes() -> None:
+    held = loads(DATA + b"](" + b"c__builtin__\nbytes\nh\x00\x85R" * 10 + b"e.", "x")
+    assert len(held) == 10 and all(len(item) == 39996 for item in held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_a_large_file_gives_back_its_memory_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "RELEASE", 2**20)
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps([bytes([i % 256]) * 5000 for i in range(8000)], 4))
+    before = mapped()
+    held = read_pickle(tmp_path / "x.pickle")
+    assert mapped() - before < 2**13  # of 40 MB
+    assert all(item[0] == i % 256 for i, item in enumerate(held))
+    assert mapped() - before > 2**14
+    release(held[0])
+    assert mapped() - before < 2**13
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200, 2000])

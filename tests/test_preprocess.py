@@ -1,5 +1,6 @@
 """From archive or fonts to a data set folder: whole or not at all, the same on every run, errors that help."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image, ImageFilter, ImageFont
 
 from preprocess import digits, glyphs, omniglot, staging
 from preprocess.preprocess import ensure_builtin, main, prepare
+from tests.made_archives import pack, png
 from utils.errors import UserError
 from utils.names import canonical_name, find_dataset
 
@@ -44,7 +46,11 @@ def test_a_complete_data_set_is_said_so_and_left_alone(
     os.utime(folder, (1, 1))
     (tmp_path / "cifar100.zip").unlink()  # nor is it needed any more
     assert prepare("cifar-fs", tmp_path) == folder
-    assert "there already and left alone: train 8 classes" in capsys.readouterr().out.splitlines()[-1]
+    for printed in capsys.readouterr().out.split(f"{folder} is ")[1:]:  # made, then found
+        line, note = printed.splitlines()
+        assert line.startswith(("ready: train 8 classes", "there already and left alone: train 8 classes"))
+        assert line.endswith("(made from cifar100.zip)")
+        assert note.startswith("note: this is a sample of CIFAR_FS, not the published data set: train has 8 classes")
     assert folder.stat().st_mtime == 1 and left_in(tmp_path) == ["CIFAR_FS"]
 
 
@@ -152,9 +158,13 @@ def test_what_is_no_omniglot_drawing_is_named(lake: dict[str, zipfile.ZipFile]) 
     assert omniglot.shrink(drawing, "alpha").size == (28, 28)
     other = BytesIO()
     Image.new("1", (28, 28)).save(other, "png")
-    for png, reason in ((b"x", "cannot identify"), (drawing[:60], "image"), (other.getvalue(), "its size is 28x28")):
+    for content, reason in (
+        (b"x", "cannot identify"),
+        (drawing[:60], "image"),
+        (other.getvalue(), "its size is 28x28"),
+    ):
         with pytest.raises(UserError, match=rf"alpha is not a drawing of 105x105 pixels \(.*{reason}"):
-            omniglot.shrink(png, "alpha")
+            omniglot.shrink(content, "alpha")
 
 
 def test_two_omniglot_archives_that_share_characters_are_refused() -> None:
@@ -179,7 +189,7 @@ def half_built(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     def hear_ctrl_c() -> None:  # a shell's background jobs, and what they start, are deaf to it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c) as process:
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c, stderr=subprocess.PIPE) as process:
         while not list(tmp_path.glob(".glyphs.partial-*/train/*/20.png")):
             assert process.poll() is None
             time.sleep(0.01)
@@ -207,8 +217,18 @@ def test_a_build_that_another_process_is_at_is_left_alone(half_built: subprocess
 
 def test_ctrl_c_removes_the_staging_folder(half_built: subprocess.Popen[bytes], tmp_path: Path) -> None:
     half_built.send_signal(signal.SIGINT)
-    half_built.wait()
+    _, said = half_built.communicate()
+    assert half_built.returncode == 130
+    assert said.decode() == "interrupted: no half data set is left; run the same command again\n"
     assert left_in(tmp_path) == []
+
+
+def test_what_a_killed_build_of_the_same_process_id_left_is_cleaned_up(tmp_path: Path) -> None:
+    """In a container every build may have the id 1."""
+    leftover = tmp_path / f"{staging._staging_prefix(tmp_path / 'glyphs')}{os.getpid()}"
+    (leftover / "train" / "old").mkdir(parents=True)
+    staging.build(tmp_path / "glyphs", write_one_image)
+    assert left_in(tmp_path) == ["glyphs"] and not (tmp_path / "glyphs" / "train" / "old").exists()
 
 
 def test_of_two_builds_of_one_data_set_the_first_to_end_stays(tmp_path: Path) -> None:
@@ -252,14 +272,151 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path, capsys: pytest.
     (tmp_path / "CIFAR-FS").mkdir()
     write_one_image(tmp_path / "CIFAR-FS")
     assert prepare("CIFAR_FS", tmp_path) == tmp_path / "CIFAR-FS"
-    assert "train 1 classes, 1 images (not built by this program" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train 1 classes, 1 images; no val; no test (not built by this program" in said
+    assert "note: this is CIFAR_FS, but not the published data set: train has 1 classes, 63 fewer" in said
     (tmp_path / "glyphs" / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images in train/, val/ or test/"):
         prepare("glyphs", tmp_path)
     assert left_in(tmp_path) == ["CIFAR-FS", "glyphs"]
 
 
+def test_class_folders_that_are_not_split_say_how_to_split_them_and_never_to_delete_them(tmp_path: Path) -> None:
+    for name in ("rose", "lily"):
+        (tmp_path / "flowers" / name).mkdir(parents=True)
+        (tmp_path / "flowers" / name / "0.png").write_bytes(png(0))
+    with pytest.raises(UserError, match=r"--datasets NAME --from_folder .*flowers --split 0\.64 0\.16 0\.2") as error:
+        prepare("flowers", tmp_path)
+    assert "delete" not in str(error.value) and "complete" not in str(error.value)
+
+
+def test_a_split_under_another_name_is_not_lost_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_one_image(tmp_path / "mine")
+    (tmp_path / "mine" / "valid").mkdir()
+    prepare("mine", tmp_path)
+    assert "1 images; no val; no test; valid/ is not read, rename it to val/ (not built" in capsys.readouterr().out
+    (tmp_path / "mine" / "train").rename(tmp_path / "mine" / "Train")
+    with pytest.raises(
+        UserError, match=r"has no images in train/, .*; Train/ is not read, rename it to train/; valid/"
+    ):
+        prepare("mine", tmp_path)
+
+
+def test_a_link_to_nothing_in_its_place_is_named_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "digits").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"digits is a link to .*gone, which is not there"):
+        prepare("digits", tmp_path)
+    assert left_in(tmp_path) == ["digits"]
+
+
+def test_a_record_from_before_it_said_what_the_set_is_made_from_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = write_one_image(tmp_path / "mine")
+    (tmp_path / "mine" / staging.CONTENTS_FILE).write_text(json.dumps(contents, indent=1))
+    prepare("mine", tmp_path)
+    assert capsys.readouterr().out.endswith("left alone: train 1 classes, 1 images; no val; no test\n")
+
+
+@pytest.mark.parametrize("record", ["[]", '{"train": 3}', "{bad", '{"train": {"a": "many"}}', "\udcff", "3"])
+def test_a_damaged_record_is_named(tmp_path: Path, record: str) -> None:
+    write_one_image(tmp_path / "mine")
+    (tmp_path / "mine" / staging.CONTENTS_FILE).write_text(record, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"contents\.json is damaged \(.*move that one file away"):
+        prepare("mine", tmp_path)
+
+
+# ---------------------------------------------------------------- images that are not taken
+
+
+def prepared_with(tmp_path: Path, bad: bytes, class_name: str = "a") -> str:
+    """The error of a data set with this image among others."""
+    files = {f"x/{split}/{split}/0.png": png(k) for k, split in enumerate(staging.SPLITS)}
+    pack(tmp_path / "x.zip", files | {f"x/train/{class_name}/1.png": bad})
+    with pytest.raises(UserError) as error:
+        prepare("x", tmp_path)
+    assert left_in(tmp_path) == []
+    return str(error.value)
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    out = BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def test_postscript_called_png_is_refused_and_no_other_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\necho 10.0\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
+    (tmp_path / "sets").mkdir()
+    said = prepared_with(tmp_path / "sets", saved(Image.new("RGB", (9, 9)), "EPS"))
+    assert "1 image cannot be read: train/a/1.png (not an image, or none of PNG, JPEG" in said
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "reason"),
+    [
+        (Image.new("F", (8, 8)), "TIFF", "pixels are floating-point"),
+        (Image.new("1", (9_500, 9_500)), "PNG", "9500x9500 pixels, more than the 89,478,485 that are read"),
+    ],
+    ids=["float", "large"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_the_cache_would_refuse_is_refused_at_once(
+    tmp_path: Path, image: Image.Image, kind: str, reason: str
+) -> None:
+    assert f"train/a/1.png (ValueError: {reason}" in prepared_with(tmp_path, saved(image, kind))
+
+
+@pytest.mark.parametrize("class_name", ["a\nb", "\x1b[31mred", "\x9b31m"])
+def test_a_name_that_a_terminal_would_obey_is_refused_and_shown_harmless(tmp_path: Path, class_name: str) -> None:
+    said = prepared_with(tmp_path, png(9), class_name)
+    assert f"{class_name!r} cannot be the name of a class" in said and class_name not in said
+
+
 # ---------------------------------------------------------------- names
+
+
+def test_all_data_sets_that_cannot_be_made_are_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    names = ["digits", "FC100", "CUB", "no such thing"]
+    assert main(["--datasets", *names, "--dataset_dir", str(tmp_path / "there")]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in ("FC100 cannot be made", "CUB cannot be made", "no recipe for data set"))
+    assert left_in(tmp_path / "there") == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a/b"])
+def test_what_is_no_name_of_a_folder_is_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_one_image(tmp_path / "x")
+    (tmp_path / "sets").mkdir()
+    assert main(["--datasets", name, "--dataset_dir", str(tmp_path / "sets")]) == 2
+    assert f"--datasets {name!r} cannot be the name of a folder in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "archive"), [("CIFAR_FS", "cifar100.zip"), ("CUB", "CUB_200_2011.tgz"), ("birds", "birds.tar.gz")]
+)
+def test_a_folder_or_a_link_to_nothing_in_the_place_of_an_archive_is_named(
+    tmp_path: Path, name: str, archive: str
+) -> None:
+    (tmp_path / archive).mkdir()
+    with pytest.raises(UserError, match=rf"{archive} is a folder, not an archive\. Put the archive there as it is"):
+        prepare(name, tmp_path)
+    (tmp_path / archive).rmdir()
+    (tmp_path / archive).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"{archive} is a link to nowhere, which is not there"):
+        prepare(name, tmp_path)
 
 
 def test_an_unknown_name_names_the_nearest_and_nothing_is_built(

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from data import open_split
-from preprocess import cifar100, imagenet, staging
+from preprocess import array_files, cifar100, imagenet, omniglot, staging
 from preprocess.preprocess import main, prepare
-from preprocess.sources import Published, Recipe, Source, check, choose, note_checksums, read_split
+from preprocess.sources import Published, Recipe, Source, check, choose, note, note_checksums, read_split
 from preprocess.staging import SPLITS, Contents
-from tests.made_archives import encoded, left_in, pack, pixels, png
+from tests.made_archives import encoded, left_in, mapped, pack, pixels, png
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,10 @@ def test_any_archive_of_class_folders_becomes_a_data_set(tmp_path: Path, name: s
     extra = {
         f"{prefix}README.md": b"hello",
         f"{prefix}train/.DS_Store": b"x",
+        f"{prefix}train/train0/Icon\r": b"",
+        f"{prefix}train/train0/desktop.ini": b"x",
         f"__MACOSX/{prefix}train/n/._0.png": b"x",
+        f"__MACOSX/{prefix}train/n/0.png": png(0),
     }
     pack(tmp_path / name, files | extra)
     found = files_in(prepare("birds", tmp_path))
@@ -159,8 +162,43 @@ def test_images_that_cannot_be_read_are_named_all_of_them_and_nothing_is_kept(tm
 
 def test_an_archive_without_class_folders_says_what_it_needs(tmp_path: Path) -> None:
     pack(tmp_path / "x.zip", {"x/a/0.png": png(0), "train/0.png": png(0)})
-    with pytest.raises(UserError, match=r"x\.zip has no images at …/{train,val,test}/CLASS/IMAGE"):
+    needed = r"x\.zip has no images at …/{train,val,test}/CLASS/IMAGE"
+    with pytest.raises(UserError, match=needed + r".* 2 elsewhere, such as 'x/a/0\.png': unpack it .*--from_folder"):
         prepare("x", tmp_path)
+    pack(tmp_path / "x.zip", {"x/readme.txt": b""})
+    with pytest.raises(UserError, match=needed + r".*, so it is not an archive of class folders[^:]*$"):
+        prepare("x", tmp_path)
+
+
+@pytest.mark.parametrize("words", [("Train", "valid", "TEST"), ("train", "validation", "test")])
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_splits_may_be_spelt_otherwise_and_folders_with_backslashes(
+    tmp_path: Path, words: tuple[str, ...], slash: str
+) -> None:
+    word = dict(zip(SPLITS, words, strict=True))
+    files = {
+        slash.join(["x", word[split], *rest]): content
+        for name, content in class_folders("").items()
+        for split, *rest in [name.split("/")]
+    }
+    pack(tmp_path / "x.zip", files)
+    found = files_in(prepare("x", tmp_path))
+    del found[staging.CONTENTS_FILE]
+    assert found == class_folders("")
+
+
+def test_images_that_lie_elsewhere_in_an_archive_are_counted_and_the_first_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = {
+        "x/train/train0/sub/9.png": png(9),
+        "x/train/loose.JPG": png(1),
+        "x/train/notes.txt": b"",
+        "x/run.sh": b"",
+    }
+    pack(tmp_path / "x.zip", class_folders() | others)
+    assert len(files_in(prepare("x", tmp_path))) == len(class_folders()) + 1
+    assert "left out: 2 elsewhere, such as 'x/train/train0/sub/9.png'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["n:x\\y", "..", "a/b"])
@@ -213,6 +251,8 @@ def test_every_difference_from_what_was_published_is_stated() -> None:
         ({"train": 64, "val": 15, "test": 19}, 1),
         ({"train": 60, "val": 15, "test": 19}, 100),
         ({"train": 9, "val": 9}, 9),
+        ({"train": 63, "val": 15, "test": 19}, 1),
+        ({"train": 33, "val": 8, "test": 10}, 1),
     ],
 )
 def test_what_lacks_a_little_of_what_was_published_is_no_sample(classes: dict[str, int], images: int) -> None:
@@ -220,9 +260,22 @@ def test_what_lacks_a_little_of_what_was_published_is_no_sample(classes: dict[st
         check("CIFAR_FS", full(classes, images), PUBLISHED)
 
 
-def test_a_small_sample_is_taken_and_called_so(capsys: pytest.CaptureFixture[str]) -> None:
-    check("CIFAR_FS", full({"train": 8, "val": 5, "test": 6}, 40), PUBLISHED)
-    assert "a sample of CIFAR_FS, not the published data set: train has 8 classes, 56 fewer" in capsys.readouterr().out
+def test_a_small_sample_is_taken_and_called_so() -> None:
+    sample = full({"train": 8, "val": 5, "test": 6}, 40)
+    check("CIFAR_FS", sample, PUBLISHED)
+    said = note("CIFAR_FS", sample, PUBLISHED)
+    assert "a sample of CIFAR_FS, not the published data set: train has 8 classes, 56 fewer" in said
+    assert "val has 5 classes" in said and "test has 6 classes" in said and said.endswith("; and 17 more")
+    assert note("CIFAR_FS", full(PUBLISHED.classes), PUBLISHED) == ""
+    other = note("CIFAR_FS", full({"train": 63, "val": 16, "test": 20}), PUBLISHED)
+    assert "CIFAR_FS, but not the published data set: train has 63 classes" in other
+
+
+def test_where_only_all_images_are_known_they_are_counted_together() -> None:
+    published = Published(PUBLISHED.classes, {"all": 60_000})
+    check("x", full(PUBLISHED.classes), published)
+    with pytest.raises(UserError, match=r"published: it has 59900 images, 100 fewer than 60000\. "):
+        check("x", full(PUBLISHED.classes, 599), published)
 
 
 def test_a_class_in_two_splits_is_refused_for_any_data_set(tmp_path: Path) -> None:
@@ -329,6 +382,43 @@ def test_a_zip_without_cifars_layout_is_another_one(tmp_path: Path) -> None:
     pack(tmp_path / "cifar100.zip", {"cifar100/apple/0.png": png(0)})
     with pytest.raises(UserError, match=r"has no cifar100/data/CLASS/\*\.png. Fetch .*Bertinetto"):
         prepare("FC100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "repacked",
+    [lambda name: f"./{name}", lambda name: f"CIFAR-FS/{name}", lambda name: name.partition("/")[2],
+     lambda name: name.removesuffix("png") + "PNG", lambda name: name.replace("/", "\\")],
+    ids=["dot", "below", "above", "capitals", "backslashes"],
+)  # fmt: skip
+def test_a_repacked_zip_of_cifar_and_what_macos_adds_to_it_are_understood(
+    tmp_path: Path, repacked: Callable[[str], str]
+) -> None:
+    files = {f"cifar100/data/{names[0]}/{i}.png": png(i) for names in read_split("CIFAR_FS").values() for i in range(3)}
+    files = {repacked(name): content for name, content in files.items()}
+    extra = {repacked("cifar100/data/apple/._0.png"): b"x", f"__MACOSX/{repacked('cifar100/data/apple/7.png')}": b"x"}
+    pack(tmp_path / "cifar100.zip", files | extra)
+    found = files_in(prepare("CIFAR_FS", tmp_path))
+    assert len(found) == 10 and set(found.values()) - {png(0), png(1), png(2)} == {found[staging.CONTENTS_FILE]}
+
+
+def test_a_zip_member_of_cifar_that_is_no_image_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cifar100.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("noise", np.random.RandomState(0).bytes(2**20), zipfile.ZIP_STORED)
+        archive.writestr("cifar100/data/apple/0.png", bytes(2**26 + 1))
+    with pytest.raises(UserError, match=r"unpacks to 67 MB, more than it can need"):
+        prepare("CIFAR_FS", tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["./cifar-100-python/", "", "CIFAR/cifar-100-python/"])
+def test_a_repacked_official_archive_is_understood(tmp_path: Path, folder: str) -> None:
+    names = [names[0] for names in read_split("FC100").values()]
+    part = {"data": np.stack([pixels(i, 32) for i in range(3)]), "fine_labels": [0, 1, 2], "filenames": list("abc")}
+    files = {"meta": {"fine_label_names": names}, "train": part, "test": part | {"filenames": list("def")}}
+    pack(
+        tmp_path / "cifar-100-python.tar.gz",
+        {folder + name: pickle.dumps(content, 2) for name, content in files.items()},
+    )
+    assert counts(prepare("FC100", tmp_path)) == {split: {name: 2} for split, name in zip(SPLITS, names, strict=True)}
 
 
 def test_fc100_has_no_superclass_in_two_splits(shared: Path) -> None:
@@ -464,6 +554,41 @@ def test_a_zip_that_lost_a_class_or_an_image_is_refused_with_the_difference(tmp_
     assert left_in(tmp_path) == ["as CIFAR_FS", "as FC100"]
 
 
+# ---------------------------------------------------------------- Omniglot
+
+
+def test_a_repacked_omniglot_is_understood_and_no_drawing_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(omniglot, "ARCHIVES", {"images_background": 2, "images_evaluation": 1})
+    monkeypatch.setattr(omniglot, "SPLIT_SIZES", {"train": 1, "val": 1, "test": 1})
+    drawing = encoded(np.zeros((105, 105), np.uint8))
+    for archive, characters in omniglot.ARCHIVES.items():
+        names = [
+            f"./python/{archive}/{archive}/character0{k}/{i:04d}.png" for k in range(characters) for i in range(20)
+        ]
+        pack(tmp_path / f"{archive}.zip", dict.fromkeys(names, drawing))
+    assert counts_of(omniglot.unpack(tmp_path, tmp_path / "made")) == {"train": 20, "val": 20, "test": 20}
+    assert len(images_in(tmp_path / "made")) == 60
+    monkeypatch.setattr(omniglot, "MAX_BYTES", len(drawing) - 1)
+    with pytest.raises(UserError, match="more than it can need"):
+        omniglot.unpack(tmp_path, tmp_path / "again")
+
+
+def counts_of(contents: Contents) -> dict[str, int]:
+    return {split: sum(classes.values()) for split, classes in contents.items()}
+
+
+def test_an_archive_of_class_folders_called_omniglot_is_counted_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(tmp_path / "omniglot.zip", class_folders())
+    prepare("omniglot", tmp_path)
+    assert (
+        "a sample of omniglot, not the published data set: train has 3 classes, 1147 fewer" in capsys.readouterr().out
+    )
+
+
 # ---------------------------------------------------------------- miniImageNet and tieredImageNet
 
 
@@ -506,8 +631,8 @@ def test_mini_imagenet_from_the_cache_pickles(tmp_path: Path, as_array: bool) ->
         class_dict: dict[str, Any] = {
             f"n{label:08d}": [i for i, of_image in enumerate(labels) if of_image == label] for label in LABELS[split]
         }
-        if as_array:
-            class_dict = {name: np.array(indices) for name, indices in class_dict.items()}
+        if as_array:  # and names as bytes, which Python 3 makes of Python 2's
+            class_dict = {name.encode(): np.array(indices) for name, indices in class_dict.items()}  # type: ignore[misc]
         dump(tmp_path / f"mini-imagenet-cache-{split}.pkl", {"image_data": images, "class_dict": class_dict})
     expect(prepare("mini_imagenet", tmp_path), lambda split, label: f"n{label:08d}")
     dump(
@@ -551,8 +676,22 @@ def test_imagenets_own_folders_are_linked_not_copied(tmp_path: Path, where: str)
     assert link.is_symlink() and link.read_bytes() == png(1)
     with pytest.raises(UserError, match="has 3 images, 597 fewer than 600"):
         prepare("mini_imagenet", tmp_path)
-    with pytest.raises(UserError, match=r"has no n01530575/\*\.JPEG, of which tiered_imagenet needs"):
-        prepare("tiered_imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".JPEG", ".jpeg", ".jpg", ".JPG"])
+def test_a_sample_of_imagenets_folders_is_taken_and_what_it_lacks_is_said(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ImageNet").mkdir()
+    with pytest.raises(UserError, match=r"has no n01532829/\*\.JPEG; it lacks 100 of the 100 classes of mini_imagenet"):
+        prepare("mini_imagenet", tmp_path)
+    for names in read_split("mini_imagenet").values():
+        (tmp_path / "ImageNet" / names[1]).mkdir(parents=True)
+        (tmp_path / "ImageNet" / names[1] / f"0{suffix}").write_bytes(png(0))
+        (tmp_path / "ImageNet" / names[1] / "._0.JPEG").write_bytes(b"")
+    assert [sum(classes.values()) for classes in counts(prepare("mini_imagenet", tmp_path)).values()] == [1, 1, 1]
+    said = capsys.readouterr().out
+    assert "n01532829/*.JPEG; it lacks 97 of the 100 classes" in said and "a sample of mini_imagenet" in said
 
 
 def tiered_labels(folder: Path, kind: str) -> Callable[[str, int], str]:
@@ -608,9 +747,75 @@ def test_pickled_pngs_that_are_too_few_or_no_list_are_named(tmp_path: Path) -> N
     tiered_labels(tmp_path, "labels")
     with pytest.raises(UserError, match=r"train_images_png\.pkl has 11 images, but there are 12 labels"):
         prepare("tiered_imagenet", tmp_path)
+    for odd, message in (
+        (10**11, "a int in the place of an image"), (None, "NoneType"), ("é\u4444", "a str"), ([1, 2], "a list"),
+        ({}, "a dict"), (np.zeros((4, 4, 3)), "type float64"), (np.zeros((4, 4, 7), np.uint8), "shape"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"), (np.zeros(4), "a ndarray"),
+    ):  # fmt: skip
+        dump(tmp_path / "train_images_png.pkl", [png(0)] * 11 + [odd])
+        with pytest.raises(UserError, match=rf"train_images_png\.pkl holds .*{message}"):
+            prepare("tiered_imagenet", tmp_path)
     dump(tmp_path / "train_images_png.pkl", arrays("train")[0])
     with pytest.raises(UserError, match=r"train_images_png\.pkl holds a ndarray, not a list of PNG files"):
         prepare("tiered_imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("words", [5, {"a": 1}, [7], [["a"]], np.array([["a"]]), np.array("a")])
+def test_class_words_of_another_kind_are_named(tmp_path: Path, words: Any) -> None:
+    for split in SPLITS:
+        dump(tmp_path / f"{split}_images_png.pkl", [png(0)])
+        dump(tmp_path / f"{split}_labels.pkl", {"label_specific": [0], "label_specific_str": words})
+    with pytest.raises(UserError, match=r"train_labels\.pkl holds a \w+ (of class names|as a class name)"):
+        prepare("tiered_imagenet", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_of_pixels_or_pngs_is_read_with_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(array_files, "RELEASE_EVERY", 10)
+    images = np.full((100, 512, 512, 3), 7, np.uint8)  # 79 MB
+    dump(tmp_path / "labels", {"labels": [0] * 100})
+    dump(tmp_path / "pixels", {"data": images, "labels": [0] * 100})
+    dump(tmp_path / "bytes", [image.tobytes() for image in images])
+    dump(tmp_path / "rows", [image.reshape(-1) for image in images])
+    before = mapped()
+    paths = [tmp_path / "bytes", tmp_path / "labels"], [tmp_path / "rows", tmp_path / "labels"]
+    readers = [array_files.data_and_labels([tmp_path / "pixels"], "train")]
+    for pictures in readers + [array_files.pngs_and_labels(pair, "train") for pair in paths]:
+        most = max(mapped() for picture in pictures if np.max(np.frombuffer(picture.content, np.uint8)) == 7)  # type: ignore
+        assert most - before < 30_000
+
+
+def nested(times: int) -> list[Any]:
+    held: list[Any] = [1, 1]
+    for _ in range(times):
+        held = [held] * 2
+    return held
+
+
+@pytest.mark.parametrize(
+    "labels", [nested(60), [1, [2]], [1, True], [1, 2.0], [1, 2**31], [1, -1], np.ones((2, 2), int), np.ones(2), "1"],
+    ids=["nested", "ragged", "truth", "float", "high", "negative", "square", "floats", "text"],
+)  # fmt: skip
+def test_labels_that_are_no_list_of_whole_numbers_are_named_at_once(tmp_path: Path, labels: Any) -> None:
+    for split in SPLITS:
+        content = {"data": np.zeros((2, 8, 8, 3), np.uint8), "labels": labels}
+        dump(tmp_path / f"CIFAR_FS_{split}.pickle", content)
+        dump(tmp_path / f"FC100_{split}.pickle", content | {"labels": [1, 2], "catname2label": {"a": labels}})
+    for name in ("CIFAR_FS", "FC100"):
+        with pytest.raises(UserError, match=r"_train\.pickle holds something else than a list of whole numbers"):
+            prepare(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", [2**20000, 1.5, 7], ids=["huge", "float", "int"])
+def test_class_names_that_are_no_text_are_named(tmp_path: Path, name: Any) -> None:
+    for split in SPLITS:
+        content = {"image_data": np.zeros((1, 8, 8, 3), np.uint8), "class_dict": {name: [0]}}
+        dump(tmp_path / f"mini-imagenet-cache-{split}.pkl", content)
+        dump(tmp_path / f"FC100_{split}.pickle", {name: 1})
+    with pytest.raises(UserError, match=r"train\.pkl holds a (int|float) as a class name"):
+        prepare("mini_imagenet", tmp_path)
+    with pytest.raises(UserError, match="has no 'data': it holds a dict of"):
+        prepare("FC100", tmp_path)
 
 
 def test_a_large_npz_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,10 +834,11 @@ def spoil_npz(path: Path, content: Any) -> None:
         (np.zeros((8, 192), np.uint8), "an array of shape"), (np.zeros((8, 8, 8, 4), np.uint8), "an array of shape"),
         (np.array([{}] * 8, dtype=object), "type object"),
         (np.asfortranarray(np.zeros((8, 8, 8, 3), np.uint8)), "order"),
-        ({"pictures": np.zeros(8)}, r"has no array 'images': it holds pictures\.npy"),
+        (np.zeros((8, 1, 1025, 3), np.uint8), "shape"), (np.zeros((8, 1025, 1, 3), np.uint8), "shape"),
+        ({"pictures": np.zeros(8)}, r"has no array 'images': it holds 'pictures\.npy'"),
         (np.zeros((7, 8, 8, 3), np.uint8), "has 7 images, but there are 8 labels"),
     ],
-    ids=["floats", "flat", "four channels", "objects", "fortran", "other key", "one fewer"],
+    ids=["floats", "flat", "four channels", "objects", "fortran", "wide", "high", "other key", "one fewer"],
 )  # fmt: skip
 def test_an_npz_that_is_not_images_says_what_it_is(tmp_path: Path, content: Any, message: str) -> None:
     for split in SPLITS:
@@ -642,6 +848,15 @@ def test_an_npz_that_is_not_images_says_what_it_is(tmp_path: Path, content: Any,
     with pytest.raises(UserError, match=message):
         prepare("tiered_imagenet", tmp_path)
     assert left_in(tmp_path) == []
+
+
+def test_an_npz_of_another_format_version_is_named(tmp_path: Path) -> None:
+    for split in SPLITS:
+        with zipfile.ZipFile(tmp_path / f"{split}_images.npz", "w") as archive, archive.open("images.npy", "w") as out:
+            np.lib.format.write_array(out, arrays(split)[0], version=(2, 0))
+    tiered_labels(tmp_path, "labels")
+    with pytest.raises(UserError, match=r"train_images\.npz is damaged \(an array of format \(2, 0\)\)"):
+        prepare("tiered_imagenet", tmp_path)
 
 
 def test_an_npz_whose_header_claims_more_than_it_holds_is_an_error(tmp_path: Path) -> None:
@@ -662,7 +877,7 @@ def test_an_npz_whose_header_claims_more_than_it_holds_is_an_error(tmp_path: Pat
         ({"data": [1], "labels": [1]}, "holds list"),
         ({"data": np.zeros((2, 0, 8, 3), np.uint8), "labels": [1, 1]}, "shape"),
         ({"data": np.zeros((4, 8, 8, 3), np.uint8), "labels": [1] * 5}, "4 images, but there are 5 labels"),
-        ({"data": np.zeros((1, 8, 8, 3), np.uint8), "labels": ["a"]}, "labels of shape"),
+        ({"data": np.zeros((1, 8, 8, 3), np.uint8), "labels": ["a"]}, "whole numbers"),
         ({"data": np.zeros((1, 8, 8, 3), np.uint8), "labels": [1]}, "'class_001' of FC100 is in train and in val"),
     ],
 )  # fmt: skip

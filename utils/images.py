@@ -12,11 +12,11 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,6 +25,9 @@ from utils.errors import UserError
 
 Result = TypeVar("Result")
 ImageShape = tuple[int, int, int]  # (C, H, W), C = 3 for RGB, 1 for grey
+
+# What is read; JPEG includes MPO. Pillow knows more kinds, one of which (EPS) it hands to another program to run.
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 # Files that live beside images. Any other file must decode: a misspelt suffix is an error, not a lost image.
 NOT_IMAGES = {
@@ -68,7 +71,7 @@ def _children(folder: Path) -> list[os.DirEntry[str]]:
     """What is visible in a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX", "Icon\r"))]
     except OSError as error:
         raise UserError(f"Cannot list the folder {folder}: {error.strerror}.") from error
     return sorted(visible, key=lambda entry: entry.name)
@@ -85,12 +88,32 @@ def _may_be_image(entry: os.DirEntry[str]) -> bool:
     return is_file and os.path.splitext(entry.name)[1].lower() not in NOT_IMAGES
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that are read, such as ".png", in lower case."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS)
+
+
+def open_image(source: Path | IO[bytes]) -> Image.Image:
+    """As Image.open, for IMAGE_FORMATS only. ValueError for an image of more pixels than Pillow finds sane."""
+    image = Image.open(source, formats=IMAGE_FORMATS)
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS:,} that are read")
+    return image
+
+
+def plain_image(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Upright, 8 bits per channel, transparency on white; grey for one channel, else RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+
+
 def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
-    """(H, W, C) uint8, upright, transparency on white. Raises whatever Pillow does on a damaged file."""
+    """(H, W, C) uint8 of the plain image. Raises whatever Pillow does on a damaged file."""
     channels, height, width = shape
-    with Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        plain = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+    with open_image(path) as image:
+        plain = plain_image(image, channels)
     if plain.size != (width, height):
         plain = plain.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(plain).reshape(height, width, channels)
@@ -140,7 +163,7 @@ def in_processes(
         workers, multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
     )
     try:
-        yield from _in_order(pool, work, pieces, ahead=3 * workers)
+        yield from in_order((pool.submit(work, piece) for piece in pieces), ahead=3 * workers)
     except BrokenProcessPool as error:
         raise UserError(
             f"A process that decoded images of {listing.root} was killed: memory ran out, or a damaged file crashed "
@@ -150,14 +173,12 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, work: Callable[[list[str]], Result], pieces: Sequence[list[str]], ahead: int
-) -> Iterator[Result]:
-    """Like pool.map, but at most `ahead` results wait for a slow consumer."""
+def in_order(submitted: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
+    """Like a pool's map, but at most `ahead` pieces are under way or wait for a slow consumer: memory stays flat."""
     pending: deque[Future[Result]] = deque()
-    for done, piece in enumerate(pieces, start=-ahead):
-        pending.append(pool.submit(work, piece))
-        if done >= 0:
+    for future in submitted:
+        pending.append(future)
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

@@ -1,6 +1,7 @@
-"""Forgiving data-set names: CIFAR-FS, CIFAR_FS and cifar_fs are one data set, everywhere."""
+"""Forgiving data-set names: CIFAR-FS, CIFAR_FS and cifar_fs are one data set, everywhere; safe names of files."""
 
-from pathlib import Path
+import unicodedata
+from pathlib import Path, PureWindowsPath
 
 from utils.errors import UserError
 
@@ -26,6 +27,11 @@ def canonical_name(name: str) -> str:
     return _CANONICAL.get(_fold(name), name)
 
 
+def same_dataset(one: str, other: str) -> bool:
+    """Whether two names are spellings of one data set."""
+    return _fold(canonical_name(one)) == _fold(canonical_name(other))
+
+
 def find_dataset(dataset_dir: Path, name: str) -> Path:
     """The folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
 
@@ -40,3 +46,27 @@ def find_dataset(dataset_dir: Path, name: str) -> Path:
         spelt = " and ".join(sorted(path.name for path in folders))
         raise UserError(f"{name!r} could be {spelt}, both in {dataset_dir}: give the exact name of one of them")
     return folders[0] if folders else dataset_dir / canonical_name(name)
+
+
+def missing_dataset(dataset_dir: Path, name: str) -> UserError:
+    """Says what to put where, and what there is."""
+    folder = find_dataset(dataset_dir, name)
+    there = sorted(path.name for path in dataset_dir.glob("[!.]*/")) if dataset_dir.is_dir() else []
+    return UserError(
+        f"No data set {name!r}: there is no folder {folder}. Put its images at "
+        f"{folder}/{{train,val,test}}/CLASS/*.png (or .jpg), or its archive into {dataset_dir} and run "
+        f"`python preprocess/preprocess.py --datasets {folder.name}`. "
+        f"Data sets in {dataset_dir}: {', '.join(there) or 'none'}"
+    )
+
+
+def is_plain(name: str) -> bool:
+    """Whether a folder or file may be called so: no way out, not hidden, nothing that a terminal would obey."""
+    controls = any(unicodedata.category(character) == "Cc" for character in name)
+    return bool(name) and not name.startswith(".") and not controls and not set(name) & set("/\\")
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path from elsewhere is absolute or has '..', on any system."""
+    parsed = PureWindowsPath(path)  # it knows drives and backslashes too
+    return bool(parsed.drive or parsed.root or ".." in parsed.parts)
