@@ -20,7 +20,7 @@ from utils.official_checkpoints import without_prefix
 from utils.options import Options
 
 MOMENTUM = 0.9
-UNSOLVED = 1e-9  # relative KKT residual above which a task's SVM counts as not solved
+UNSOLVED = 1e-6  # relative KKT residual above which a task's SVM counts as not solved; 1e-9 and less is usual
 
 
 class Support(NamedTuple):

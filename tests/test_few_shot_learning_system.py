@@ -413,7 +413,7 @@ def test_anil_moves_the_head_and_boil_the_body(part: str, moves: str) -> None:
         ({"alfa": True, "number_of_evaluation_steps_per_iter": 3}, "has none for the extra steps"),
         ({"batch_norm": "per_step"}, "--per_step_bn_statistics true"),
         ({"batch_norm": "running", "per_step_bn_statistics": True}, "choose --batch_norm per_step"),
-        ({"resnet_widths": "64,128"}, "64-128-256-512"),
+        ({"backbone": "ResNet-12", "resnet_widths": "64,128"}, "64-128-256-512"),
     ],
 )
 def test_rules_that_make_no_sense_together_are_refused(rules: dict[str, Any], reason: str) -> None:

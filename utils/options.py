@@ -366,8 +366,10 @@ class Options:
             if refused:
                 raise UserError(reason)
         widths = self.resnet_widths.split("-")
-        if len(widths) != 4 or not all(width.isdigit() and int(width) for width in widths):
-            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes four numbers such as 64-128-256-512")
+        if not all(width.isdigit() and int(width) for width in widths):
+            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; it takes numbers such as 64-128-256-512")
+        if self.learner == "head" and len(widths) != 4:
+            raise UserError(f"--resnet_widths is {self.resnet_widths!r}; with --learner head it takes four numbers")
 
     @property
     def training_task(self) -> tuple[int, int, int]:
