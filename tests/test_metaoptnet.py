@@ -127,7 +127,7 @@ def test_checkpoints_have_metaoptnets_names_and_every_nth_epoch_is_kept(finished
     best = checkpoints.load(finished / "best_model.pth")["history"][-1]["epoch"]
     kept = {f"epoch_{epoch}.pth" for epoch in {2, 4, int(best)}}
     assert {path.name for path in finished.glob("*.pth")} == {"best_model.pth", "last_epoch.pth"} | kept
-    assert {"embedding", "head", "optimizer", "options"} <= torch.load(finished / "last_epoch.pth").keys()
+    assert {"embedding", "head", "optimizer", "options"} <= checkpoints.load(finished / "last_epoch.pth").keys()
     with (finished / "logs" / "summary_statistics.csv").open() as file:
         assert [row["unsolved"] for row in csv.DictReader(file)] == ["0"] * 4
 
