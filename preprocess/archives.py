@@ -80,7 +80,7 @@ def _explained(path: Path, origin: str) -> Iterator[None]:
     except UserError:
         raise
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
-            RecursionError, ValueError, IndexError) as error:  # fmt: skip
+            RecursionError, ValueError) as error:  # fmt: skip
         raise _damaged(path, origin, error) from error
     except OSError as error:
         if error.errno is not None:
@@ -110,6 +110,8 @@ def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
     _check_number(len(infos), path)
     _check_unpacked(sum(info.file_size for info in infos), path)
     for info in infos:
+        if not info.filename:
+            raise zipfile.BadZipFile("a member has no name")
         info.filename = info.filename.replace("\\", "/")
         refuse_unsafe(info.filename, path)
         kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
