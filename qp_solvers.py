@@ -19,8 +19,8 @@ from utils.errors import UserError
 
 ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 4
 GUESSING_STEPS = 4  # before the first round; each costs a tenth of one, and together they save up to two
-BARRIER_STEPS = 12  # of the interior point; more gain nothing that the active set does not get exactly
-FIXED_BARRIER_STEPS, FIXED_ROUNDS = 12, 5  # where the host may not look: the interior point first, then the active set
+BARRIER_STEPS = 40  # of the interior point; 12 are enough but for kernels with entries from 1e5 up
+FIXED_BARRIER_STEPS, FIXED_ROUNDS = 25, 5  # where the host may not look: the interior point first, then the active set
 CENTRED = 1e-12  # relative gap of slacks and multipliers at which the interior point stops
 ACCEPTED = 1e-9  # relative KKT residual above which a task goes to the interior point
 UNREFINED = 1e-11  # relative error of a Newton system that is left as it is
@@ -31,9 +31,10 @@ SINGULAR = 1e-10  # added to a box problem's Hessian, relative to its diagonal; 
 class QPSolution(NamedTuple):
     """A batch of solved problems.
 
-    `residual` is the largest violation of the optimality conditions relative to the problem's own size: below 1e-10 for
-    a solved task, inf for one whose kernel is not finite. The dual of the latter is 0 and so is its gradient: a lost
-    task spoils nobody else's numbers, and the caller has to look at the residual.
+    `residual` is the largest violation of the optimality conditions relative to the problem's own size: for a solved
+    task below 1e-10 while the kernel's entries are below 1e5, up to 1e-7 where they reach 1e8; inf for a kernel that is
+    not finite. The dual of the latter is 0 and so is its gradient: a lost task spoils nobody else's numbers, and the
+    caller has to look at the residual.
     """
 
     dual: Tensor  # (tasks, n, way), or (tasks, n) for one variable per support point

@@ -257,3 +257,15 @@ def test_missing_qpth_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qpth", None)
     with pytest.raises(UserError, match=r"pip install qpth==0\.0\.18.*structured"):
         solve_crammer_singer_qpth(*problem(11))
+
+
+@pytest.mark.parametrize("C_reg", [0.01, 1.0])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_large_kernels_of_few_dimensions_are_solved(fixed: bool, C_reg: float) -> None:
+    """Entries up to 1e7, 24 points in 8 dimensions: with 12 steps of the interior point, up to 34 of these 64 fail."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(64, 24, 8, generator=generator) + 2 * torch.randn(1, 1, 8, generator=generator)
+    points = 300 * points.double()
+    one_hot = torch.nn.functional.one_hot(torch.arange(6).repeat(4)).double().expand(64, -1, -1)
+    solution = solve_crammer_singer(points @ points.mT, one_hot, C_reg, fixed)
+    assert solution.residual.max() < 1e-6
