@@ -55,8 +55,11 @@ def test_what_a_training_line_leaves_out_is_the_published_recipe() -> None:
     ("line", "message"),
     [
         ("--head Rigde", "it is one of ProtoNet, Ridge"),
-        ("--head Ridge --svm_solver qpth", "solves --head SVM-CS only, not Ridge"),
-        ("--head SVM --svm_max_iter 3", "limits --svm_solver qpth only"),
+        ("--head Ridge --svm_solver qpth", "--svm_solver has no effect with --head Ridge; it needs --head SVM-CS"),
+        (
+            "--head SVM --svm_max_iter 3",
+            "--svm_max_iter has no effect with --svm_solver structured; it needs --svm_solver qpth",
+        ),
         ("--head SVM --eps 0.9", r"with 5 ways it is from 0 to 0\.8"),
         ("--learner head --alfa true", "--alfa has no effect with --learner head"),
         ("--eps 0.1", "--label_smoothing has no effect with --learner gradient"),
@@ -70,14 +73,17 @@ def test_what_a_training_line_leaves_out_is_the_published_recipe() -> None:
         ),
         ("--test_shots 1,five", "it takes numbers such as 1,5"),
         ("--head Ridge --avg_pool true", "--avg_pool has no effect with --backbone conv64"),
-        ("--head Ridge --svm_on_failure skip", "--head Ridge solves no SVM"),
+        (
+            "--head Ridge --svm_on_failure skip",
+            "no effect with --head Ridge; it needs --head SVM-CS or SVM-He or SVM-WW",
+        ),
         ("--head Ridge --network ResNet --resnet_widths 2-3-4", "it takes four numbers"),
         ("--learner head --head None", "--learner head needs a --head"),
         ("--head SVM --train-way 1", "at least 2 ways"),
         ("--head Ridge --dataset CIFAR_FS --image_channels 1", "in 1 channels are published"),
         ("--test_datasets CUB,", "it takes different names"),
         ("--test_datasets CIFAR-FS,CIFAR_FS", "it takes different names"),
-        ("--save_epoch -1", "it must be 0 or more"),
+        ("--save_epoch -1", "it must be at least 0"),
         ("--head SVM --batch_norm transductive", "with --learner head it is one of running"),
     ],
 )
