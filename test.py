@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = test_options(trained, given)
     if given.gpu and "," in given.gpu:
         tell(f"warning: testing takes one GPU, the first of {given.gpu}")
-    device = choose_device(given.gpu and given.gpu.split(",")[0], tf32=options.precision == "tf32")
+    device = choose_device(given.gpu and given.gpu.split(",")[0])
     if options.test_dataset_list == ["unknown"]:
         raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
     for name in options.test_dataset_list:

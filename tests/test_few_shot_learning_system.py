@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, cross_entropy, multi_step_importances
-from meta_neural_network_architectures import ResNet12
+from meta_neural_network_architectures import Pass, ResNet12, seen_by_tasks
 from tests.golden_cxgrad import GOLDEN, Golden, is_accuracy, load_cases, relative_errors
 from tests.naive_reference import naive_loss
 from utils.errors import UserError
@@ -276,7 +277,7 @@ def test_multi_step_loss_moves_to_the_last_step() -> None:
 def test_learned_rates_work_together_with_contextual_scaling() -> None:
     model = tiny_model(contextual_grad=True, learnable_per_layer_per_step_inner_loop_learning_rate=True)
     model.run_train_iter(tiny_batch(), 0)
-    rates = dict(model.named_parameters())["inner_loop_optimizer.names_learning_rates_dict.layer_dict-linear-weights"]
+    rates = dict(model.named_parameters())["rules.LSLR.rates.layer_dict-linear-weights"]
     assert rates.grad is not None and rates.shape == (3,) and (rates.grad[:2] != 0).all() and rates.grad[2] == 0
 
 
@@ -349,7 +350,8 @@ def test_network_variants_equal_plain_layers(pooling: bool, padding: bool) -> No
         x = F.max_pool2d(x, 2) if pooling else x
     x = x.flatten(1) if pooling else x.mean((2, 3))
     expected = F.linear(x, p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
-    torch.testing.assert_close(model.classifier(model.task_parameters(2), images, 0)[0], expected)
+    forward = model._forward(model.task_parameters(2), evaluation=False)
+    torch.testing.assert_close(forward({}, images, 0, None)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_meta_sgd_learns_a_rate_per_weight_by_its_formula() -> None:
     tasks = model._to_device(tiny_batch())
     (state,) = model.inner_loop(tasks.x_support, tasks.y_support, 1, SECOND_ORDER)
     logits = model._query_logits(state, tasks.x_query, None)
-    rates = dict(model.inner_loop_optimizer.named_parameters())
+    rates = dict(model.rules["MetaSGD"].named_parameters())
     found = torch.autograd.grad(cross_entropy(logits, tasks.y_query).sum(), list(rates.values()), retain_graph=True)
     for (name, rate), gradient in zip(rates.items(), found, strict=True):
         weight = name.removeprefix("rates.").replace("-", ".")
@@ -439,7 +441,7 @@ def test_contextual_scaling_goes_together_with(rules: dict[str, Any]) -> None:
     model = tiny_model(contextual_grad=True, **rules)
     model.run_train_iter(tiny_batch(), 0)
     trained = model.trained_parameters()
-    assert any(name.startswith("gamma_generator") for name in trained)
+    assert any(name.startswith("rules.CxGrad.generator") for name in trained)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
     losses, _ = model.run_validation_iter(tiny_batch())
     assert torch.isfinite(losses["loss"])
@@ -449,9 +451,9 @@ def test_every_learned_rate_is_trained() -> None:
     for rule in ("meta_sgd", "alfa", "learnable_per_layer_per_step_inner_loop_learning_rate"):
         changes: dict[str, Any] = {rule: True}
         model = tiny_model(**changes)
-        before = copy.deepcopy(model.inner_loop_optimizer.state_dict())
+        before = copy.deepcopy(model.rules.state_dict())
         model.run_train_iter(tiny_batch(), 0)
-        for name, rate in model.inner_loop_optimizer.state_dict().items():
+        for name, rate in model.rules.state_dict().items():
             without_effect = name.endswith("conv-bias")  # in front of batch norm
             assert without_effect or not torch.equal(rate, before[name]), name
 
@@ -514,22 +516,22 @@ def test_outer_gradients_can_be_clamped() -> None:
 
 def test_resnet12_has_the_published_widths_and_equals_plain_layers() -> None:
     widths = ResNet12((3, 32, 32), 5, (64, 128, 256, 512)).state_dict()
-    assert widths["layer_dict.block3_conv2.conv.weight"].shape == (512, 512, 3, 3)
+    assert widths["layer_dict.layer4.conv3.weight"].shape == (512, 512, 3, 3)
     net = ResNet12((3, 8, 8), 5, (3, 4)).double()
     x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
     p = dict(net.named_parameters())
 
     def layer(name: str, x: Tensor) -> Tensor:
-        weight = p[f"layer_dict.{name}.conv.weight"]
+        weight = p[f"layer_dict.{name}.weight"]
         return F.batch_norm(F.conv2d(x, weight, padding=weight.shape[2] // 2), None, None, training=True)
 
     y = x
-    for block in ("block0", "block1"):
-        inner = F.leaky_relu(layer(f"{block}_conv0", y), 0.1)
-        inner = layer(f"{block}_conv2", F.leaky_relu(layer(f"{block}_conv1", inner), 0.1))
-        y = F.max_pool2d(F.leaky_relu(inner + layer(f"{block}_shortcut", y), 0.1), 2)
+    for block in ("layer1", "layer2"):
+        inner = F.leaky_relu(layer(f"{block}.conv1", y), 0.1)
+        inner = layer(f"{block}.conv3", F.leaky_relu(layer(f"{block}.conv2", inner), 0.1))
+        y = F.max_pool2d(F.leaky_relu(inner + layer(f"{block}.downsample.0", y), 0.1), 2)
     expected = F.linear(y.mean((2, 3)), p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
-    found = net({name: q.expand(2, *q.shape) for name, q in p.items()}, torch.stack([x, x]), 0)
+    found = functional_call(net, seen_by_tasks(net, 2, buffers=False), (torch.stack([x, x]), Pass()))
     torch.testing.assert_close(found, torch.stack([expected, expected]))
 
 

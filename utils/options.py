@@ -82,7 +82,6 @@ def tuned(default: T, meaning: str, **more: Any) -> T:
 GRADIENT: Condition = {"learner": "gradient"}
 HEAD: Condition = {"learner": "head"}
 RESNET: Condition = {"backbone": "ResNet-12"}
-SVM: Condition = {"head": ("SVM-CS", "SVM-He", "SVM-WW")}
 LARGEST_SEED = 2**32 - 1
 
 
@@ -216,36 +215,6 @@ class Options:
     head: str | None = opt(
         None, "base learner on the embeddings of a task; default with --learner head: ProtoNet", test="warn"
     )
-    svm_solver: str = tuned(
-        "structured",
-        "structured: exact, in float64; qpth: the interior-point package that the paper used, in float32",
-        choices=("structured", "qpth"),
-        only={"head": "SVM-CS"},
-    )
-    svm_max_iter: int | None = tuned(
-        None,
-        "qpth: iterations at most [15]; MetaOptNet's test program stops after 3, which scores differently",
-        at_least=1,
-        only={"svm_solver": "qpth"},
-    )
-    svm_on_failure: str = tuned(
-        "error",
-        "what a task does whose SVM was not solved: error: it is left out of the update and the run stops; "
-        "skip: it is left out and counted; use: it counts as it is, as skip does in tests. qpth's tasks pass as solved "
-        "unless they are no numbers",
-        choices=("error", "skip", "use"),
-        only=SVM,
-    )
-    C_reg: float | None = opt(
-        None, "C of an SVM; default: the head's own, as MetaOptNet has it", at_least=1e-9, only=SVM, test="ignore"
-    )
-    lambda_reg: float | None = opt(
-        None,
-        "weight of the squared norm in a ridge regression [50]",
-        at_least=1e-9,
-        only={"head": ("Ridge", "R2D2")},
-        test="ignore",
-    )
 
     # --- outer loop -------------------------------------------------------------------------------------------
     second_order: bool = opt(True, "differentiate through the inner gradients", only=GRADIENT, test="ignore")
@@ -367,13 +336,6 @@ class Options:
         return [int(shot) for shot in self.test_shots.split(",")] if self.test_shots else [self.evaluation_task[1]]
 
     @property
-    def solver_options(self) -> dict[str, Any]:
-        """What the head is called with."""
-        solver = {"solver": self.svm_solver, "max_iter": self.svm_max_iter} if self.head == "SVM-CS" else {}
-        chosen = solver | {"C_reg": self.C_reg, "lambda_reg": self.lambda_reg}
-        return {name: value for name, value in chosen.items() if value is not None}
-
-    @property
     def crop_padding(self) -> int:
         """Pixels that a random crop may be off; MetaOptNet has 4 at 32 pixels and 8 at 84."""
         return 8 if self.image_height >= 64 else 4
@@ -387,11 +349,6 @@ class Options:
     def tracks_statistics(self) -> bool:
         """Whether training keeps running statistics of batch norm."""
         return self.per_step_bn_statistics or self.batch_norm == "running"
-
-    @property
-    def has_conv_bias(self) -> bool:
-        official = (self.alfa or self.attenuate) and not self.contextual_grad
-        return official if self.use_bias is None else self.use_bias
 
     @property
     def resnet_width_list(self) -> list[int]:
@@ -759,116 +716,3 @@ def _boolean(value: Any) -> bool:
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
-
-
-# --- heads and networks: to be registered in classification_heads.py and meta_neural_network_architectures.py -------
-
-for _head in ("ProtoNet", "Ridge", "R2D2", "SVM-CS", "SVM-He", "SVM-WW"):
-    add_choice("head", _head, aliases=["SVM"] if _head == "SVM-CS" else [])
-add_choice("backbone", "4-CONV", only=GRADIENT)
-add_choice("backbone", "conv64", aliases=["ProtoNet"], only=HEAD)
-add_choice("backbone", "R2D2Net", aliases=["R2D2"], only=HEAD)
-add_choice("backbone", "ResNet-12", aliases=["ResNet"], only=HEAD)
-add_choice("backbone", "ResNet-12", only=GRADIENT)
-
-
-# --- rules of the inner loop: to be declared in inner_loop_optimizers.py ---------------------------------------------
-
-
-@add_options
-@dataclasses.dataclass
-class LslrOptions:
-    learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
-        False, "LSLR (MAML++): learn one inner rate per tensor and step", only=GRADIENT
-    )
-
-
-@add_options
-@dataclasses.dataclass
-class MetaSgdOptions:
-    meta_sgd: bool = opt(False, "Meta-SGD: learn one inner rate per weight", only=GRADIENT)
-
-
-@add_options
-@dataclasses.dataclass
-class AlfaOptions:
-    alfa: bool = opt(
-        False, "ALFA: generate inner rates and decays from the task's weights and gradients", only=GRADIENT
-    )
-    random_init: bool = opt(
-        False, "ALFA: keep the network's random initialisation, train only the rates", only=GRADIENT
-    )
-    init_inner_loop_weight_decay: float = opt(
-        0.0005, "ALFA: decay relative to the inner rate at the start", at_least=0, only=GRADIENT
-    )
-
-
-@add_options
-@dataclasses.dataclass
-class L2fOptions:
-    attenuate: bool = opt(False, "L2F: attenuate the initial weights by the task's first gradients", only=GRADIENT)
-
-
-@add_options
-@dataclasses.dataclass
-class CxGradOptions:
-    contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context", only=GRADIENT)
-    num_context_params: int = opt(100, "CxGrad: length of the context vector", at_least=1, only=GRADIENT, dry_run=4)
-    context_params_learning_rate: float = opt(
-        1.0, "CxGrad: step size of the context vector", at_least=0, only=GRADIENT, test="warn"
-    )
-
-
-@add_options
-@dataclasses.dataclass
-class PartOptions:
-    inner_loop_part: str = opt(
-        "all",
-        "what inner steps move: all; head (ANIL); body (BOIL)",
-        choices=("all", "head", "body"),
-        only=GRADIENT,
-        test="warn",
-    )
-
-
-@add_check
-def _one_rate(options: Options) -> Iterator[str]:
-    """Rules that set the inner learning rate exclude one another."""
-    rates = ("learnable_per_layer_per_step_inner_loop_learning_rate", "meta_sgd", "alfa")
-    if len(chosen := [f"--{name}" for name in rates if getattr(options, name)]) > 1:
-        yield f"{' and '.join(chosen)} each set the inner learning rate; choose one"
-
-
-@add_check
-def _lslr(options: Options) -> Iterator[str]:
-    if options.learnable_per_layer_per_step_inner_loop_learning_rate:
-        yield from one_value_per_step(options, "learnable_per_layer_per_step_inner_loop_learning_rate")
-
-
-@add_check
-def _alfa(options: Options) -> Iterator[str]:
-    if options.alfa:
-        yield from one_value_per_step(options, "alfa")
-    if options.random_init and not options.alfa:
-        yield "--random_init trains ALFA's rates only, so it needs --alfa true"
-    if options.random_init and options.inner_loop_part == "head":
-        yield "--random_init leaves the body untrained and --inner_loop_part head (ANIL) never moves it"
-    if options.random_init and options.inner_loop_part == "body":
-        yield "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it"
-
-
-@add_check
-def _cxgrad(options: Options) -> Iterator[str]:
-    if not options.contextual_grad:
-        return
-    if options.inner_loop_part == "head":
-        yield "--contextual_grad scales the body's gradients, which --inner_loop_part head (ANIL) never takes"
-    if options.attenuate:
-        yield (
-            "--contextual_grad sets the norm of every tensor of the body, which undoes what --attenuate (L2F) did to it"
-        )
-    if options.alfa and options.use_bias:
-        yield (
-            "--contextual_grad gives every tensor of the body a norm, also biases, which batch norm cancels and which "
-            "hold rounding noise only; --alfa would generate its rates from that. Use --use_bias false"
-        )
