@@ -10,55 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Episodes, Split, open_split
+from data import Episodes, Normalization, evaluation_episodes, open_dataset
 from learner import FewShotLearner
 from utils import distributed
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import replace_file, write_csv, write_text
+from utils.image_cache import Split
 from utils.names import canonical_name
 from utils.options import Options
 from utils.progress import progress_bar, tell
 from utils.scores import score
 
-# (mean, std) of each channel; None: pixels in [0, 1] are used as they are
-Normalization = tuple[tuple[float, ...], tuple[float, ...]] | None
 Result = dict[str, Any]
-
-
-def open_dataset(options: Options, name: str, split: str) -> Split:
-    """A split at the experiment's image size; the main process builds the cache, the others then find it."""
-    if not distributed.is_main():
-        distributed.barrier()
-    folder, workers = Path(options.dataset_dir), options.num_dataprovider_workers
-    found = open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
-    if distributed.is_main():
-        distributed.barrier()
-    return found
-
-
-def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
-    """The endless training tasks of a split."""
-    mean, std = normalization or (None, None)
-    padding = options.crop_padding if options.augment else None
-    seed, turned = options.train_seed, options.turns_classes
-    return Episodes(
-        split, *options.training_task, seed, mean, std, device, rotate_classes=turned, augment_padding=padding
-    )
-
-
-def evaluation_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
-    """The endless validation or test tasks of a split."""
-    mean, std = normalization or (None, None)
-    return Episodes(split, *options.evaluation_task, options.val_seed, mean, std, device)
-
-
-def check_tests(options: Options, device: torch.device) -> None:
-    """Raise UserError if a data set to test on is not there, or too small for the shots asked for."""
-    for name in options.test_dataset_list:
-        split = open_dataset(options, name, "test")
-        for shot in options.test_shot_list:
-            evaluation_episodes(split, dataclasses.replace(options, val_shot=shot), device, None)
 
 
 def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, title: str) -> tuple[Tensor, Tensor]:
