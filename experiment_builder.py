@@ -18,17 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Episodes
+from data import Episodes, Normalization, evaluation_episodes, open_dataset, training_episodes
 from learner import FewShotLearner
-from meta_test import (
-    Normalization,
-    Result,
-    evaluation_episodes,
-    meta_test,
-    open_dataset,
-    query_logits,
-    training_episodes,
-)
+from meta_test import Result, meta_test, query_logits
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.errors import UserError

@@ -234,6 +234,9 @@ class MAMLFewShotClassifier(FewShotLearner):
         update_running_statistics(seen or [])
         return losses, logits
 
+    def protocol(self) -> dict[str, Any]:
+        return super().protocol() | {"steps": self.options.number_of_evaluation_steps_per_iter}
+
     def veto(self, metrics: Mapping[str, float]) -> Veto | None:
         veto = super().veto(metrics)
         return veto and veto._replace(cure="Lower --init_inner_loop_learning_rate or --meta_learning_rate")

@@ -166,6 +166,10 @@ class HeadFewShotClassifier(FewShotLearner):
             losses = torch.where(unsolved & losses.isfinite(), torch.zeros_like(losses), losses)
         return losses, logits, unsolved
 
+    def protocol(self) -> dict[str, Any]:
+        words = map(str, (self.options.head, *head_options(self.options).values()))
+        return super().protocol() | {"head": " ".join(words)}
+
     def veto(self, metrics: Mapping[str, float]) -> Veto | None:
         if metrics["unsolved"] and self.options.svm_on_failure == "error":
             return Veto(f"a task's {self.options.head} was not solved", UNSOLVED_CURE)

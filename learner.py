@@ -114,6 +114,10 @@ class FewShotLearner(nn.Module):
     def check_scores(self, counts: Mapping[str, float]) -> None:
         """Raise UserError where scored tasks must not count, from the sums of their `counts`."""
 
+    def protocol(self) -> dict[str, Any]:
+        """How the learner adapts in a test, for the results to say."""
+        return {"steps": None, "head": None}
+
     @property
     def learning_rate(self) -> float:
         """The outer learning rate in use."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,60 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classification_heads import head_options
-from data import Episodes, Split, open_split
+from data import Episodes, Normalization, evaluation_episodes, open_dataset
 from learner import FewShotLearner
 from utils import distributed
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
-from utils.files import replace_file, write_csv, write_text
+from utils.files import only_process, replace_file, write_csv, write_text
+from utils.image_cache import Split
 from utils.names import canonical_name
 from utils.options import Options
-from utils.progress import progress_bar, tell
+from utils.progress import progress_bar
 from utils.scores import score
 
-# (mean, std) of each channel; None: pixels in [0, 1] are used as they are
-Normalization = tuple[tuple[float, ...], tuple[float, ...]] | None
+log = logging.getLogger(__name__)
+
 Result = dict[str, Any]
 
 
-def open_dataset(options: Options, name: str, split: str) -> Split:
-    """A split at the experiment's image size; the main process builds the cache, the others then find it."""
-    if not distributed.is_main():
-        distributed.barrier()
-    folder, workers = Path(options.dataset_dir), options.num_dataprovider_workers
-    found = open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
-    if distributed.is_main():
-        distributed.barrier()
-    return found
-
-
-def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
-    """The endless training tasks of a split."""
-    mean, std = normalization or (None, None)
-    padding = options.crop_padding if options.augment else None
-    seed, turned = options.train_seed, options.turns_classes
-    return Episodes(
-        split, *options.training_task, seed, mean, std, device, rotate_classes=turned, augment_padding=padding
-    )
-
-
-def evaluation_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
-    """The endless validation or test tasks of a split."""
-    mean, std = normalization or (None, None)
-    return Episodes(split, *options.evaluation_task, options.val_seed, mean, std, device)
-
-
-def check_tests(options: Options, device: torch.device) -> None:
-    """Raise UserError if a data set to test on is not there, or too small for the shots asked for."""
-    for name in options.test_dataset_list:
-        split = open_dataset(options, name, "test")
-        for shot in options.test_shot_list:
-            evaluation_episodes(split, dataclasses.replace(options, val_shot=shot), device, None)
-
-
 def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, title: str) -> tuple[Tensor, Tensor]:
-    """Logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
+    """Return logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
     total = options.num_evaluation_tasks
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
     first, size = distributed.rank() * share, options.evaluation_batch_size
@@ -92,8 +58,8 @@ def meta_test(
 ) -> list[Result]:
     """Score the first checkpoint, and the mean logits of all, on each data set and shot that the options name.
 
-    `labels` name the two in the results; one label asks for the first only. Images are resized and normalised as in
-    training, and every checkpoint sees the same tasks. Results are printed; they go to
+    `labels` name the two in the results; with one label, only the first is scored. Images are resized and normalised as
+    in training, and every checkpoint sees the same tasks. Results are printed; they go to
     FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs; those of several data
     sets also to `utils.cross_domain`'s table and heat map.
     """
@@ -103,7 +69,7 @@ def meta_test(
             one = dataclasses.replace(options, val_shot=shot)
             results += _test_one(model, one, checkpoints, labels, dataset, normalization, folder)
     if len(options.test_dataset_list) > 1 and distributed.is_main():
-        tell(write_cross_domain(folder, results))
+        log.info(write_cross_domain(folder, results))
     return results
 
 
@@ -124,7 +90,7 @@ def _test_one(
         model.load_checkpoint(path, with_optimizer=False)
         one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
         logits.append(one)
-    protocol = test_protocol(options, split.name, normalization)
+    protocol = test_protocol(options, split.name) | model.protocol()
     names = [path.name for path in checkpoints]
     scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
     results: list[Result] = [
@@ -138,7 +104,7 @@ def _test_one(
         with replace_file(file) as handle:
             np.savez_compressed(handle, **sample)
     for result in results:
-        tell(describe(result))
+        log.info(describe(result))
     return results
 
 
@@ -150,8 +116,8 @@ def check_disjoint(episodes: Episodes, tasks: int) -> None:
             raise RuntimeError(f"task {task} of {episodes.split.name} uses an image twice")
 
 
-def test_protocol(options: Options, dataset: str, normalization: Normalization) -> Result:
-    """What a test result must say about itself to be compared with another."""
+def test_protocol(options: Options, dataset: str) -> Result:
+    """Return what a test result must say about itself to be compared with another."""
     way, shot, query = options.evaluation_task
     return {
         "dataset": dataset,
@@ -161,8 +127,6 @@ def test_protocol(options: Options, dataset: str, normalization: Normalization) 
         "way": way,
         "shot": shot,
         "query": query,
-        "steps": None if options.head else options.number_of_evaluation_steps_per_iter,
-        "head": options.head and " ".join(map(str, (options.head, *head_options(options).values()))),
         "batch_norm": options.batch_norm,
         "normalization": options.normalization,
         "seed": options.val_seed,
@@ -170,20 +134,24 @@ def test_protocol(options: Options, dataset: str, normalization: Normalization) 
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """FOLDER/test_summary.json and .csv; a repeated test replaces its earlier result."""
+    """Add results to FOLDER/test_summary.json and .csv; a repeated test replaces its earlier result.
+
+    Processes that test at once wait for one another here. Raises UserError if the file is damaged.
+    """
     file = folder / "test_summary.json"
-    try:
-        kept = json.loads(file.read_text()) if file.exists() else []
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
-    same = [identity(result) for result in results]
-    rows = [row for row in kept if identity(row) not in same] + list(results)
-    write_text(file, json.dumps(rows, indent=2))
-    write_csv(file.with_suffix(".csv"), [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows])
+    with only_process(folder):
+        try:
+            kept = json.loads(file.read_text()) if file.exists() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
+        same = [identity(result) for result in results]
+        rows = [row for row in kept if identity(row) not in same] + list(results)
+        write_text(file, json.dumps(rows, indent=2))
+        write_csv(file.with_suffix(".csv"), [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows])
 
 
 def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two test results answers to the same question."""
+    """Return what two test results have in common if they answer the same question."""
     names = ("dataset", "split", "trained_on", "normalization", "episodes", "way", "shot", "query", "steps",
              "batch_norm", "seed")  # fmt: skip
     model = "ensemble" if result["model"].startswith("top-") else result["model"]  # of more epochs, as a run goes on
@@ -191,7 +159,7 @@ def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """One line with everything needed to compare a test result with a paper's."""
+    """Return one line with everything needed to compare a test result with a paper's."""
     return (
         f"test on {result['dataset']}, {result['way']}-way {result['shot']}-shot, {result['model']}: "
         f"{result['accuracy']:.2%} ± {result['ci95_per_episode']:.2%} (95 % CI per episode; "
@@ -202,7 +170,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def sample_episode(split: Split, episodes: Episodes, logits: Tensor) -> dict[str, np.ndarray]:
-    """The first task with its predictions, as uint8 images (way, shot or query, H, W, C), for the report's picture."""
+    """Return the first task for the report's picture: uint8 images (way, shot or query, H, W, C), and predictions."""
     rows = episodes.indices(0)  # (way, shot + query)
     classes = np.searchsorted(split.class_starts, rows[:, 0], side="right") - 1
     images = split.images[rows]

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import train_maml_system
+from data import Normalization, open_dataset
 from dry_run import shrink, write_images
 from experiment_builder import MUST_STAY
 from few_shot_learning_system import build_learner
-from meta_test import Normalization, meta_test, open_dataset
+from meta_test import meta_test
 from preprocess.preprocess import ensure_builtin
 from utils import checkpoints, entry
 from utils.devices import choose_device

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from data import check_tests
 from dry_run import dry_run
 from experiment_builder import Experiment
 from few_shot_learning_system import build_learner
-from meta_test import check_tests
 from preprocess.preprocess import ensure_builtin
 from utils import distributed, entry
 from utils.devices import choose_device, gpu_ids
@@ -44,7 +44,7 @@ def run(options: Options, device: torch.device) -> None:
 
     experiment = Experiment(options, build_learner(device, options))
     if not options.evaluate_on_test_set_only:
-        check_tests(options, device)  # what is wrong with them should not come out after the training
+        check_tests(options)  # what is wrong with them should not come out after the training
         experiment.train()
     experiment.meta_test()
 

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.iteration import machine  # noqa: E402
-from data import Episodes, open_split  # noqa: E402
+from data import Episodes  # noqa: E402
 from utils.devices import keep_freed_memory  # noqa: E402
+from utils.image_cache import open_split  # noqa: E402
 from utils.images import list_classes  # noqa: E402
 
 SHAPE = (3, 84, 84)

@@ -18,16 +18,18 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import experiment_builder
 import meta_test
 import test as test_entry
-from data import Episodes, open_split
+from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
 from utils.files import only_process
+from utils.image_cache import open_split
 from utils.options import Options, parse_args
 from utils.scores import score
 
@@ -345,7 +347,7 @@ def test_only_training_turns_classes(toy_data: Path, tmp_path: Path, monkeypatch
             super().__init__(split, *arguments, **options)
             turned[split.split] = options.get("rotate_classes", False)
 
-    monkeypatch.setattr(meta_test, "Episodes", Watched)
+    monkeypatch.setattr(data, "Episodes", Watched)
     main(command(toy_data, tmp_path, "--rotate_classes", "true", "--total_epochs", "1"))
     assert turned == {"train": True, "val": False, "test": False}
 

@@ -51,7 +51,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_what_a_killed_writer_left_is_removed_and_a_living_writers_file_is_not(tmp_path: Path) -> None:
-    path, ready = tmp_path / "file[1]", FORK.Event()  # brackets mean something to glob
+    path, ready = tmp_path / "file", FORK.Event()
     killed = started(write_and_wait, path, ready)
     assert ready.wait(10)
     (under_way,) = names(tmp_path)

@@ -14,13 +14,13 @@ import torch
 
 import head_learning_system
 import test as test_entry
-from augmentation import augment, draw
-from data import Episodes, base_seed, open_split
+from augmentation import augment, crop_padding, draw
+from data import Episodes, base_seed, training_episodes
 from head_learning_system import HeadFewShotClassifier
-from meta_test import training_episodes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
+from utils.image_cache import open_split
 from utils.metaoptnet import published_statistics
 from utils.options import Options, parse_args
 from utils.synthetic import write_dataset
@@ -266,8 +266,8 @@ def test_training_images_are_augmented_support_and_query_each_by_their_own_draws
 
 
 def test_crops_are_padded_as_metaoptnet_pads_them() -> None:
-    assert parse_args(["--head", "Ridge", "--dataset", "FC100"]).crop_padding == 4
-    assert parse_args(["--head", "Ridge", "--dataset", "miniImageNet"]).crop_padding == 8
+    for dataset, pixels in {"FC100": 4, "miniImageNet": 8}.items():
+        assert crop_padding(parse_args(["--head", "Ridge", "--dataset", dataset]).image_height) == pixels
 
 
 def test_an_svm_that_is_not_solved_stops_training_with_the_iteration(

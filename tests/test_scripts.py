@@ -296,7 +296,7 @@ def test_omniglot_rows_turn_classes_and_have_as_many_queries_as_shots(
     row: Path, words_of: Callable[[Path], list[str]]
 ) -> None:
     options = options_of(words_of(row))
-    assert options.turns_classes
+    assert options.rotate_classes
     assert options.image_shape == (1, 28, 28)
     assert options.num_target_samples == options.num_samples_per_class
     assert (options.batch_size, options.cnn_num_filters, options.total_epochs) == (8, 64, 150)

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import open_split
 from preprocess import array_files, cifar100, imagenet, omniglot, staging
 from preprocess.preprocess import main, prepare
 from preprocess.sources import Published, Recipe, Source, check, choose, note, note_checksums, read_split
 from preprocess.staging import SPLITS, Contents
 from tests.made_archives import encoded, left_in, mapped, pack, pixels, png
 from utils.errors import UserError
+from utils.image_cache import open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = {"train": 3, "val": 2, "test": 2}  # classes of a small data set, of 4 images each

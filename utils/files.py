@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import glob
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,12 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file that takes the place of `path` when the block ends without an exception.
 
     Until then the file has a name of its own, so that several processes may replace one path at once: the last one
-    to finish wins. What writers of `path` that were killed left behind is removed.
+    to finish wins. What writers that were killed left in its folder is removed.
     Raises UserError when the disk is full or not writable; the file that was at `path` is then untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove_leftovers(path.parent)
         with _temporary_file(path) as file:
             try:
                 yield file
@@ -89,9 +88,9 @@ def _temporary_file(path: Path) -> IO[bytes]:
         file.close()  # another process took it for a leftover before it was locked
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` that no process holds a lock on."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in `folder` that no process holds a lock on."""
+    for leftover in folder.glob(f".*.{'[0-9a-f]' * 32}.partial"):
         with suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()

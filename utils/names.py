@@ -32,6 +32,11 @@ def same_dataset(one: str, other: str) -> bool:
     return _fold(canonical_name(one)) == _fold(canonical_name(other))
 
 
+def turns_classes(name: str) -> bool:
+    """Return whether training on a data set counts each class four times, turned by 0, 90, 180 and 270 degrees."""
+    return canonical_name(name) == "omniglot"
+
+
 def find_dataset(dataset_dir: Path, name: str) -> Path:
     """The folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
 

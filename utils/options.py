@@ -336,16 +336,6 @@ class Options:
         return [int(shot) for shot in self.test_shots.split(",")] if self.test_shots else [self.evaluation_task[1]]
 
     @property
-    def crop_padding(self) -> int:
-        """Pixels that a random crop may be off; MetaOptNet has 4 at 32 pixels and 8 at 84."""
-        return 8 if self.image_height >= 64 else 4
-
-    @property
-    def turns_classes(self) -> bool:
-        """Whether training tasks turn their classes."""
-        return canonical_name(self.dataset_name) == "omniglot" if self.rotate_classes is None else self.rotate_classes
-
-    @property
     def tracks_statistics(self) -> bool:
         """Whether training keeps running statistics of batch norm."""
         return self.per_step_bn_statistics or self.batch_norm == "running"

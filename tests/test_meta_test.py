@@ -1,0 +1,59 @@
+"""Results of meta-tests are kept together, also when several processes test one experiment."""
+
+import csv
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meta_test import write_results
+from utils.errors import UserError
+
+FORK = multiprocessing.get_context("fork")
+ROWS = 10  # of each process
+
+
+def result(**changes: object) -> dict[str, Any]:
+    return {
+        **{"dataset": "glyphs", "split": "test", "trained_on": "glyphs", "normalization": "channel", "seed": 0},
+        **{"episodes": 600, "way": 5, "shot": 1, "query": 15, "steps": 3, "batch_norm": "transductive"},
+        **{"head": None, "model": "single best", "checkpoints": ["epoch_1", "epoch_2"], "accuracy": 0.5},
+        **changes,
+    }
+
+
+def write_many(folder: Path, seed: int, start: Any) -> None:
+    start.wait(10)
+    for i in range(ROWS):
+        write_results(folder, [result(seed=seed + i)])
+
+
+def test_two_processes_that_test_at_once_lose_no_row(tmp_path: Path) -> None:
+    start = FORK.Barrier(2)
+    processes = [FORK.Process(target=write_many, args=(tmp_path, seed, start)) for seed in (0, 100)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected = sorted([*range(ROWS), *range(100, 100 + ROWS)])
+    rows = json.loads((tmp_path / "test_summary.json").read_text())
+    assert sorted(row["seed"] for row in rows) == expected
+    with (tmp_path / "test_summary.csv").open(newline="") as file:
+        assert sorted(int(row["seed"]) for row in csv.DictReader(file)) == expected
+
+
+def test_the_same_test_replaces_its_result_and_an_ensemble_that_of_fewer_epochs(tmp_path: Path) -> None:
+    write_results(tmp_path, [result(accuracy=0.5), result(model="top-2 ensemble", accuracy=0.6)])
+    write_results(tmp_path, [result(accuracy=0.7), result(model="top-3 ensemble", accuracy=0.8)])
+    rows = json.loads((tmp_path / "test_summary.json").read_text())
+    assert [(row["model"], row["accuracy"]) for row in rows] == [("single best", 0.7), ("top-3 ensemble", 0.8)]
+
+
+def test_a_damaged_summary_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "test_summary.json").write_text('[{"dataset"')
+    with pytest.raises(UserError, match=r"test_summary.json is damaged .* move it away and test again"):
+        write_results(tmp_path, [result()])
+    assert (tmp_path / "test_summary.json").read_text() == '[{"dataset"'
