@@ -1,7 +1,6 @@
 """Splits are read exactly, cached safely, and drawn from as the official sampler does."""
 
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import Episodes, Split, base_seed, open_split, sample_task
+from tests.golden import facts
 from utils.errors import UserError
 from utils.images import decode_image
 
@@ -453,8 +453,8 @@ def test_read_only_disk_puts_the_cache_into_the_users_folder(
 # --- tasks -------------------------------------------------------------------------------------------------
 
 
-def test_tasks_equal_the_official_samplers(shared: Path) -> None:
-    golden = json.loads((shared / "golden/cxgrad/official_sampler.json").read_text())
+def test_tasks_equal_the_official_samplers() -> None:
+    golden = facts("official_sampler")
     shot, query = golden["shot"], golden["target"]
     assert base_seed(0, "train") == golden["base_seed"]["train"]
     for expected in golden["tasks"]:

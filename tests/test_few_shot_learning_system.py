@@ -13,19 +13,18 @@ from torch import Tensor
 
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, cross_entropy, multi_step_importances
 from meta_neural_network_architectures import ResNet12
-from tests.golden_cxgrad import GOLDEN, Golden, is_accuracy, load_cases, relative_errors
+from tests.golden import load
+from tests.golden_cxgrad import Golden, is_accuracy, load_cases, relative_errors
 from tests.naive_reference import naive_loss
 from utils.errors import UserError
 from utils.options import Options
 
-CASES = load_cases() if GOLDEN.is_dir() else {}
-needs_golden = pytest.mark.skipif(not CASES, reason="../shared/golden is not here")
+CASES = load_cases()
 
 
 # --- parity with the official program ------------------------------------------------------------------------------
 
 
-@needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_every_recorded_array(case: str) -> None:
     golden = Golden(case, CASES[case], "f64")
@@ -39,7 +38,6 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-9 * np.abs(array).max() + slack, err_msg=name)
 
 
-@needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
     golden = Golden(case, CASES[case], "f32")
@@ -50,7 +48,6 @@ def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
     assert all(np.abs(array).max() < 1e-5 for array in noise.values())
 
 
-@needs_golden
 @pytest.mark.parametrize("case", [name for name in CASES if "eval" not in name])
 def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
     """Where the context is lively, one activation crossing a kink moves the third loss by 1 %, in either program."""
@@ -63,12 +60,12 @@ def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
 
 
 def context_is_inert(case: str) -> bool:
-    """All but CxGrad with small gammas: near 0.69 the context hardly moves (golden README, section 5)."""
+    """All but CxGrad with small gammas: near 0.69 the context hardly moves (docs/arithmetic.md, section 10)."""
     return not case.startswith("cxgrad") or case in ("cxgrad", "cxgrad_eval")
 
 
 def float32_tolerance(case: str, name: str) -> float:
-    """The golden README's recommendations, section 6."""
+    """About 5 times what float32 runs of the official programs differ by among themselves."""
     quantity = name.removeprefix("eval/")
     if "five_batches" in quantity:
         return 3e-2 if "per_step" in case else 1e-5 if context_is_inert(case) else 3e-4
@@ -86,9 +83,8 @@ def float32_tolerance(case: str, name: str) -> float:
     return 1e-5 if context_is_inert(case) else 3e-4
 
 
-@needs_golden
 def test_learning_rates_follow_both_official_schedules() -> None:
-    recorded = np.load(GOLDEN / "lr_schedule.npz")
+    recorded = load("cxgrad", "lr_schedule")
     common = dict(TINY, meta_learning_rate=1e-3, min_learning_rate=1e-5, total_epochs=10)
     for contextual, name in ((True, "cxgrad_per_iteration"), (False, "mamlpp_per_epoch")):
         model, batch = tiny_model(**dict(common, contextual_grad=contextual)), tiny_batch()

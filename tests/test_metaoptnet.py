@@ -158,7 +158,7 @@ def test_shots_and_data_sets_are_scored_at_once_with_a_table_and_a_picture(
     assert "3-shot, ensemble" in capsys.readouterr().out
 
 
-def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path: Path, shared: Path) -> None:
+def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("qpth")
     options = Options.from_mapping({"learner": "head", "head": "SVM", "dataset_name": "FC100"})
     model = HeadFewShotClassifier((1, 3, 32, 32), "cpu", options)
