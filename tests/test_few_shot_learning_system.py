@@ -154,6 +154,33 @@ def test_outer_gradient_passes_gradcheck(contextual: bool) -> None:
     assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-5, rtol=1e-4)
 
 
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+def patterned_batch(seed: int, tasks: int) -> tuple[Tensor, ...]:
+    """Return tasks whose classes differ by a faint pattern in the first channel; the other two are louder noise."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(tasks, 3, 1, 2, 2, generator=generator).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    images = [torch.randn(tasks, 3, n, 3, 8, 8, generator=generator) for n in (2, 5)]
+    for x in images:
+        x[:, :, :, 0] = 0.3 * x[:, :, :, 0] + 0.25 * patterns
+    labels = [torch.arange(3).view(1, 3, 1).expand(tasks, 3, n) for n in (2, 5)]
+    return images[0], images[1], labels[0], labels[1]
+
+
+@pytest.mark.parametrize("contextual", [False, True])
+def test_training_raises_the_accuracy_on_new_tasks_far_above_chance(contextual: bool) -> None:
+    rates = {"meta_learning_rate": 0.01, "min_learning_rate": 0.01}
+    options = {"contextual_grad": contextual, "num_target_samples": 5, "cnn_num_filters": 8, "tasks_per_pass": 16}
+    model = tiny_model(torch.float32, **options, **rates)
+    held_out = patterned_batch(seed=999, tasks=64)
+    before = model.run_validation_iter(held_out)[0]["accuracy"]
+    for iteration in range(60):
+        model.run_train_iter(patterned_batch(seed=iteration, tasks=16), 0)
+    after = model.run_validation_iter(held_out)[0]["accuracy"]
+    assert before < 0.5 and after > 0.7, "chance is 0.33"
+
+
 # --- interface -----------------------------------------------------------------------------------------------------
 
 
