@@ -2,10 +2,9 @@
 
     python tests/golden_cxgrad.py
 
-An error is max|ours - recorded| / max|recorded| of an array, as in the golden README, section 6.
+An error is max|ours - recorded| / max|recorded| of an array.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,16 +25,16 @@ from few_shot_learning_system import (
     multi_step_importances,
 )
 from inner_loop_optimizers import means
+from tests.golden import facts, load, recipes
 from utils.official_checkpoints import load_official, to_official
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "cxgrad"
 RUNNING = ("running_mean", "running_var")
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 
 
 def load_cases() -> dict[str, dict[str, Any]]:
-    """The manifest's cases, recorded from the official programs of CxGrad, MAML++ and ALFA."""
-    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    """Return the settings of each case that was recorded from the official programs of CxGrad, MAML++ and ALFA."""
+    manifest: dict[str, dict[str, Any]] = facts("manifest")
     for case in manifest.values():
         if case["reference_repo"] != "CxGrad":
             case["args"]["use_bias"] = True  # the other two programs always have convolution biases
@@ -46,7 +45,7 @@ class Golden:
     """One recorded case: its arrays, and models and batches made from them."""
 
     def __init__(self, name: str, case: Mapping[str, Any], kind: str) -> None:
-        self.arrays = dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+        self.arrays = load("cxgrad", name) | recipes.tasks()
         self.options, self.epoch, self.kind = case["args"], case["epoch"], kind
         self.evaluation_only = "_eval" in name
 
@@ -194,7 +193,7 @@ class Golden:
 def relative_errors(golden: Golden) -> dict[str, float]:
     """max|ours - recorded| / max|recorded| of every array that is more than rounding noise.
 
-    For a gradient the denominator is at least 1 % of the largest one of its module, as in the golden README.
+    For a gradient the denominator is at least 1 % of the largest one of its module.
     """
     ours, recorded = golden.ours(), golden.recorded()
     largest = {name: np.abs(array).max(initial=0.0) or 1.0 for name, array in recorded.items()}

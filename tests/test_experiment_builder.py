@@ -177,7 +177,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
 ) -> None:
     arguments = ["train_maml_system.py", *command(toy_data, tmp_path)]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"the moments of this run: random.Random({seed})")
+    rng = random.Random(seed)
     for number in signals:
         process = start(*arguments)
         wait_for_training(process, tmp_path)

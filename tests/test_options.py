@@ -19,14 +19,6 @@ def test_command_line_wins_over_json_which_wins_over_defaults(tmp_path: Path) ->
     assert options.cnn_num_filters == Options().cnn_num_filters
 
 
-def test_defaults_are_the_published_recipe() -> None:
-    options = Options()
-    assert (options.image_height, options.cnn_num_filters, options.num_stages) == (84, 48, 4)
-    assert (options.number_of_training_steps_per_iter, options.init_inner_loop_learning_rate) == (5, 0.01)
-    assert (options.total_epochs, options.total_iter_per_epoch, options.num_evaluation_tasks) == (100, 500, 600)
-    assert (options.meta_learning_rate, options.min_learning_rate, options.top_n_models) == (0.001, 0.001, 5)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
