@@ -44,12 +44,12 @@ class Stopped(SystemExit):
 
 
 def experiment_folder(options: Options) -> Path:
-    """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME, or what --save_path says."""
+    """Return EXPERIMENTS_DIR/DATASET_Nway_Kshot/NAME, of a head learner DATASET_Nway, or what --save_path says."""
     if options.save_path is not None:
         return Path(options.save_path)
-    task = f"{options.num_classes_per_set}way{options.num_samples_per_class}shot"
+    shot = "" if options.learner == "head" else f"_{options.num_samples_per_class}shot"
     dataset = find_dataset(Path(options.dataset_dir), options.dataset_name).name
-    return Path(options.experiments_dir) / f"{dataset}_{task}" / options.experiment_name
+    return Path(options.experiments_dir) / f"{dataset}_{options.num_classes_per_set}way{shot}" / options.experiment_name
 
 
 class Experiment:

@@ -1,6 +1,6 @@
 """What came out of an experiment: a short table and one picture.
 
-python utils/report.py experiments/glyphs_5way1shot/CxGrad_4conv
+python utils/report.py experiments/glyphs_5way_1shot/CxGrad_4conv
 """
 
 import argparse
@@ -310,7 +310,7 @@ def short_name(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the results of an experiment and draw them.")
-    parser.add_argument("folder", type=Path, help="for example experiments/glyphs_5way1shot/CxGrad_4conv")
+    parser.add_argument("folder", type=Path, help="for example experiments/glyphs_5way_1shot/CxGrad_4conv")
     folder = parser.parse_args().folder
     print(write_report(folder))
     print(f"\nPicture: {draw(folder, folder / 'visual_outputs' / 'report.png')}")
