@@ -28,7 +28,7 @@ from utils.files import only_process, replace_file, write_csv, write_text
 from utils.metaoptnet import published_statistics
 from utils.names import find_dataset, same_dataset
 from utils.options import Options
-from utils.progress import progress_bar, stop_requests, tell
+from utils.progress import progress_bar, stop_requests
 from utils.scores import Score, score
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Experiment:
 
     def _print_epoch(self, row: Mapping[str, float]) -> None:
         best = self.history[self.ranking()[0] - 1]
-        tell(
+        log.info(
             f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
             f"{row['train_accuracy']:.1%}  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%} "
             f"± {row['val_ci95_per_episode']:.1%}  best {best['val_accuracy']:.1%} (epoch {best['epoch']})  "
@@ -283,7 +283,7 @@ class Experiment:
         try:
             return path.exists() and bool(checkpoints.load(path))
         except checkpoints.DamagedCheckpoint as error:
-            tell(f"warning: {error}; going on without it")
+            log.warning("%s; going on without it", error)
             return False
 
     def _move_aside(self, paths: list[Path]) -> None:
@@ -293,7 +293,7 @@ class Experiment:
             kept.mkdir()
             for path in paths:
                 path.rename(kept / path.name)
-            tell(f"{len(paths)} checkpoints of the earlier run are kept in {kept}")
+            log.info("%d checkpoints of the earlier run are kept in %s", len(paths), kept)
         distributed.barrier()
 
     def _restore(self, path: Path) -> None:
@@ -304,7 +304,8 @@ class Experiment:
         self.model.load_checkpoint(path)
         self.history, self.normalization = state["history"], state["normalization"]
         self.sums |= state["sums"]
-        tell(f"going on from {path}: {len(self.history)} epochs, {self.model.iterations_done} iterations done")
+        done = self.model.iterations_done
+        log.info("going on from %s: %d epochs, %d iterations done", path, len(self.history), done)
 
     def _compare_options(self, before: Mapping[str, Any], testing: bool = False) -> None:
         """Warn of options that differ from the run's; raise UserError where its records would become false."""
@@ -321,7 +322,7 @@ class Experiment:
                     "--experiment_name, or --continue_from_epoch from_scratch"
                 )
             used = before[name] if name == "normalization" else value
-            tell(f"warning: {change}; going on with {used}")
+            log.warning("%s; going on with %s", change, used)
 
     # --- meta-test ---------------------------------------------------------------------------------------------
 

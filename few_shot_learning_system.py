@@ -281,7 +281,7 @@ def step_importances(steps: int, epoch: int, options: Options) -> list[float]:
 
 
 def multi_step_importances(steps: int, epoch: int, epochs: int) -> list[float]:
-    """MAML++'s multi-step loss: equal weights that move to the last step (docs/arithmetic.md, section 6)."""
+    """MAML++'s multi-step loss: equal weights that move to the last step (docs/arithmetic.md, section 7)."""
     floor = 0.03 / steps
     early = max(1 / steps - epoch / (steps * epochs), floor)
     last = min(1 / steps + epoch * (steps - 1) / (steps * epochs), 1 - (steps - 1) * floor)

@@ -134,7 +134,8 @@ class CxGrad(Rule):
     """Contextual gradient scaling (Lee et al., WACV 2022, section 3): the task sets the norm of every body tensor.
 
     The state is the task's context (tasks, P). It starts from zero with one step whose gradient is a constant of the
-    outer loop, and follows the support loss after that; a generator makes one norm, gamma, per tensor of it.
+    outer loop, and follows the support loss after that; a generator makes one norm, gamma, per tensor of it. See
+    docs/arithmetic.md, section 6.
     """
 
     flag, conv_bias, lr_schedule = "contextual_grad", False, "per_iteration"
