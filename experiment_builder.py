@@ -266,7 +266,8 @@ class Experiment:
         """Make `best` the best epoch of this branch that is kept."""
         kept = [path for epoch in self.ranking() if (path := self.file(f"epoch_{epoch}")).exists()]
         if distributed.is_main():
-            replace_file(self.file("best"), lambda file: file.write(kept[0].read_bytes()))
+            with replace_file(self.file("best")) as file:
+                file.write(kept[0].read_bytes())
         distributed.barrier()
 
     def newest_whole(self) -> Path | None:

@@ -132,7 +132,8 @@ def _test_one(
         write_results(folder / "logs", results)
         sample = sample_episode(split, episodes, logits[0][0])
         file = folder / "visual_outputs" / f"sample_episode_{split.name}.npz"
-        replace_file(file, lambda handle: np.savez_compressed(handle, **sample))
+        with replace_file(file) as handle:
+            np.savez_compressed(handle, **sample)
     for result in results:
         tell(describe(result))
     return results

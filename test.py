@@ -24,13 +24,13 @@ from experiment_builder import MUST_STAY
 from few_shot_learning_system import build_learner
 from meta_test import Normalization, meta_test, open_dataset
 from preprocess.preprocess import ensure_builtin
-from utils import checkpoints
+from utils import checkpoints, entry
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metaoptnet import published_statistics
 from utils.official_checkpoints import infer_embedding, infer_options
 from utils.options import Options, read_json
-from utils.progress import tell
+from utils.progress import set_up_logging, tell
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,6 +168,7 @@ def test_options(trained: Options, given: argparse.Namespace) -> Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_up_logging()
     given = parse(argv)
     if given.dry_run:
         dry_run(given)
@@ -216,8 +217,4 @@ def dry_run(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(entry.run(main))

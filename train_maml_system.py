@@ -17,13 +17,14 @@ from experiment_builder import Experiment
 from few_shot_learning_system import build_learner
 from meta_test import check_tests
 from preprocess.preprocess import ensure_builtin
-from utils import distributed
+from utils import distributed, entry
 from utils.devices import choose_device, gpu_ids
-from utils.errors import UserError
 from utils.options import Options, parse_args
+from utils.progress import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_up_logging()
     options = parse_args(argv)
     if options.gpu and "," in options.gpu and "WORLD_SIZE" not in os.environ:
         distributed.become_launcher(len(gpu_ids(options.gpu)))
@@ -49,11 +50,4 @@ def run(options: Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; training goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(entry.run(main, "interrupted; training goes on from the last checkpoint"))

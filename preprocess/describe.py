@@ -21,6 +21,7 @@ from preprocess import staging
 from preprocess.contact_sheet import contact_sheet
 from preprocess.preprocess import ensure_builtin, published_note
 from preprocess.survey import ALIKE, THUMBNAIL, Pictures, count_pairs, identical, near_duplicates, survey
+from utils import entry
 from utils.errors import UserError
 from utils.images import list_classes
 from utils.names import find_dataset, missing_dataset
@@ -171,13 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, metavar="FILE.png", help="contact sheet (NAME_contact_sheet.png in the current folder)"
     )
     options = parser.parse_args(arguments)
-    try:
-        text, _ = describe(options.name, options.dataset_dir, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text.encode(errors="replace").decode())  # names of files need not be valid Unicode
-    return 0
+    # Names of files need not be valid Unicode.
+    return entry.run(
+        lambda: print(describe(options.name, options.dataset_dir, options.output)[0].encode(errors="replace").decode())
+    )
 
 
 if __name__ == "__main__":

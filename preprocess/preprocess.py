@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python looks for modules in this folder,
 from preprocess import cifar100, class_archives, class_folders, cub, digits, glyphs, imagenet, omniglot, staging
 from preprocess.sources import Recipe, check, choose, note, note_checksums
 from preprocess.staging import Maker
+from utils import entry
 from utils.errors import UserError
 from utils.names import canonical_name, find_dataset, is_plain
 
@@ -128,19 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     class_folders.add_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        from_folder = class_folders.maker(options)
-        if not from_folder:
-            _check_all(options.datasets, options.dataset_dir)
-        for name in options.datasets:
-            prepare(name, options.dataset_dir, from_folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: no half data set is left; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return entry.run(lambda: _run(options), "interrupted: no half data set is left; run the same command again")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from_folder = class_folders.maker(options)
+    if not from_folder:
+        _check_all(options.datasets, options.dataset_dir)
+    for name in options.datasets:
+        prepare(name, options.dataset_dir, from_folder)
 
 
 if __name__ == "__main__":

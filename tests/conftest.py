@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from utils.progress import set_up_logging
+
+set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

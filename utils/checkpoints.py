@@ -20,7 +20,8 @@ def save(state: dict[str, Any], path: Path) -> None:
     """Write tensors and plain values to `path` atomically; raises UserError when they cannot be written."""
     whole = io.BytesIO()
     torch.save(state, whole)  # in memory first, so that a failing disk and a failing torch are told apart
-    replace_file(path, lambda file: file.write(whole.getbuffer()))
+    with replace_file(path) as file:
+        file.write(whole.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def write_cross_domain(folder: Path, results: Sequence[Mapping[str, Any]]) -> st
     accuracies = np.array([[100 * found[row, column]["accuracy"] for column in columns] for row in rows])
     file = folder / "visual_outputs" / "cross_domain.png"
     title = f"Trained on {results[0]['trained_on']}, {results[0]['way']}-way; accuracy in % ± 95 % CI per episode"
-    replace_file(file, lambda handle: _draw(handle, title, rows, columns, accuracies, cells))
+    with replace_file(file) as handle:
+        _draw(handle, title, rows, columns, accuracies, cells)
     lines = [["", *columns], *([row, *line] for row, line in zip(rows, cells, strict=True))]
     return "\n".join([title, *_aligned(lines), f"Picture: {file}"])
 

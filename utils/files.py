@@ -2,41 +2,49 @@
 
 import csv
 import fcntl
+import glob
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from utils.errors import UserError
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Fill a temporary file beside `path`, fsync it, rename it to `path`, fsync the folder.
+@contextmanager
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of `path` when the block ends without an exception.
 
+    Until then the file has a name of its own, so that several processes may replace one path at once: the last one
+    to finish wins. What writers of `path` that were killed left behind is removed.
     Raises UserError when the disk is full or not writable; the file that was at `path` is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.partial")  # one name, so that what a killed writer left is used again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _remove_leftovers(path)
+        with _temporary_file(path) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error}. Free some disk space or choose another --experiments_dir; "
-            "what was saved before is intact, and training goes on from it"
+            f"cannot write {path}: {error}. Free some disk space or choose another folder (--experiments_dir, "
+            "--dataset_dir); what was saved before is intact"
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file (UTF-8)."""
-    replace_file(path, lambda file: file.write(text.encode()))
+    with replace_file(path) as file:
+        file.write(text.encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -49,8 +57,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def only_process(folder: Path, purpose: str) -> Iterator[None]:
-    """Hold a lock on `folder`, which the system frees when the process ends; UserError if another process has it."""
+def only_process(folder: Path, purpose: str | None = None) -> Iterator[None]:
+    """Hold the lock of `folder`, which the system frees when the process ends.
+
+    While another process holds it, this one waits; where a `purpose` such as "training" is named, UserError is raised
+    instead. UserError too where the folder cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -58,12 +70,31 @@ def only_process(folder: Path, purpose: str) -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --experiments_dir") from error
     with file as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if purpose else 0))
         except BlockingIOError as error:
             raise UserError(
                 f"another process is {purpose} in {folder}; wait for it or choose another folder"
             ) from error
         yield
+
+
+def _temporary_file(path: Path) -> IO[bytes]:
+    """A new file beside `path`, locked so that `_remove_leftovers` knows that its writer is alive."""
+    while True:
+        file = path.with_name(f".{path.name}.{uuid4().hex}.partial").open("xb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` that no process holds a lock on."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

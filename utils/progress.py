@@ -1,5 +1,6 @@
-"""What a run shows while it goes on, and how it is asked to stop."""
+"""What a run shows while it goes on (one progress bar, messages above it), and requests to stop it."""
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,25 @@ from typing import Any
 from tqdm import tqdm
 
 from utils import distributed
+
+
+class AboveBar(logging.Handler):
+    """A handler that writes a message above the progress bar, to the present stdout, in the main process only."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if distributed.is_main():
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            tqdm.write(prefix + self.format(record))
+            sys.stdout.flush()
+
+
+def set_up_logging() -> None:
+    """Have all messages of level INFO and above shown by `AboveBar`; a second call changes nothing."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, AboveBar) for handler in root.handlers):
+        root.addHandler(AboveBar())
+    root.setLevel(logging.INFO)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its search for fonts
 
 
 def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":

@@ -20,6 +20,7 @@ import numpy as np
 if __name__ == "__main__":  # a script finds modules beside itself only; ours are found from the root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils import entry
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -316,8 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(entry.run(main))

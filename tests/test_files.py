@@ -1,0 +1,89 @@
+"""Replaced files are whole whatever happens to their writers, and processes wait for one another's lock."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.errors import UserError
+from utils.files import only_process, replace_file, write_text
+
+FORK = multiprocessing.get_context("fork")
+
+
+def started(work: Callable[..., object], *arguments: object) -> Any:
+    process = FORK.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def write_and_wait(path: Path, ready: Any) -> None:
+    with replace_file(path) as file:
+        file.write(b"half")
+        file.flush()
+        ready.set()
+        time.sleep(60)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "file"
+    write_text(path, "old")
+    with replace_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and names(path.parent) == ["file"]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(RuntimeError), replace_file(tmp_path / "file") as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_writers_file_is_not(tmp_path: Path) -> None:
+    path, ready = tmp_path / "file[1]", FORK.Event()  # brackets mean something to glob
+    killed = started(write_and_wait, path, ready)
+    assert ready.wait(10)
+    (under_way,) = names(tmp_path)
+    write_text(path, "mine")
+    assert names(tmp_path) == sorted([under_way, path.name]), "its writer is alive"
+    killed.kill()
+    killed.join()
+    write_text(path, "mine again")
+    assert names(tmp_path) == [path.name] and path.read_text() == "mine again"
+
+
+def test_what_the_system_refuses_is_a_user_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*file: .*Free some disk space"):
+        write_text(tmp_path / "file", "text")
+    assert names(tmp_path) == ["file"]
+
+
+def add_one(path: Path) -> None:
+    for _ in range(10):
+        with only_process(path.parent):
+            write_text(path, str(int(path.read_text()) + 1))
+
+
+def test_a_lock_without_a_purpose_waits_for_its_turn(tmp_path: Path) -> None:
+    (tmp_path / "count").write_text("0")
+    processes = [started(add_one, tmp_path / "count") for _ in range(3)]
+    for process in processes:
+        process.join(30)
+    assert (tmp_path / "count").read_text() == "30"
+
+
+def test_a_lock_with_a_purpose_says_who_holds_it(tmp_path: Path) -> None:
+    with only_process(tmp_path, "training"), pytest.raises(UserError, match="another process is training in"):
+        only_process(tmp_path, "training").__enter__()

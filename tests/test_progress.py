@@ -1,0 +1,41 @@
+"""Messages of all modules go through one channel, and every program ends alike."""
+
+import logging
+
+import pytest
+
+from utils import distributed, entry
+from utils.errors import UserError
+from utils.progress import set_up_logging
+
+log = logging.getLogger("any module")
+
+
+def test_messages_are_lines_of_stdout_and_warnings_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging()
+    set_up_logging()
+    log.info("epoch %d", 1)
+    log.warning("disk is nearly full")
+    log.debug("a detail")
+    assert capsys.readouterr().out == "epoch 1\nwarning: disk is nearly full\n"
+
+
+def test_only_the_main_process_writes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    log.warning("said by another process")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "printed"),
+    [(None, 0, ""), (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped here\n")],
+)
+def test_a_program_ends_with_a_status_and_one_line(
+    raised: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        if raised:
+            raise raised
+
+    assert entry.run(main, "stopped here") == status
+    assert capsys.readouterr().err == printed
