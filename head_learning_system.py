@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from classification_heads import ClassificationHead
 from learner import DataBatch, FewShotLearner, Tasks, cross_entropy
-from meta_neural_network_architectures import ProtoNetConv64, R2D2Net, ResNet12Embedding
+from meta_neural_network_architectures import DropBlock, ProtoNetConv64, R2D2Net, ResNet12Embedding
 from utils import distributed, metaoptnet
 from utils.errors import UserError
 from utils.official_checkpoints import without_prefix
@@ -71,9 +71,9 @@ class HeadFewShotClassifier(FewShotLearner):
 
     def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
         """Evaluation tasks: singly where DropBlock counts them, as the official program does."""
-        if self.options.dropblock_schedule == "training":
-            return super()._passes(tasks)
-        return map(Tasks._make, zip(*(tensor.split(1) for tensor in tasks), strict=True))
+        if any(isinstance(module, DropBlock) and module.counts_evaluation for module in self.embedding.modules()):
+            return map(Tasks._make, zip(*(tensor.split(1) for tensor in tasks), strict=True))
+        return super()._passes(tasks)
 
     def adapt(self, x_support: Tensor, y_support: Tensor) -> Support:
         """Embed support images (tasks, n, C, H, W); batch norm uses its running statistics."""

@@ -82,17 +82,17 @@ def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, ti
 def meta_test(
     model: FewShotLearner,
     options: Options,
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
     labels: Sequence[str],
     normalization: Normalization,
     folder: Path,
 ) -> list[Result]:
     """Score the first checkpoint, and the mean logits of all, on each data set and shot that the options name.
 
-    `labels` name the two in the results; one label asks for the first only. Images are resized and normalised as in
-    training, and every checkpoint sees the same tasks. Results are printed; they go to
-    FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs; those of several data
-    sets also to `utils.cross_domain`'s table and heat map.
+    `checkpoints` are files and what was read from them. `labels` name the two in the results; one label asks for the
+    first only. Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results are
+    printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs;
+    those of several data sets also to `utils.cross_domain`'s table and heat map.
     """
     results = []
     for dataset in options.test_dataset_list:
@@ -107,7 +107,7 @@ def meta_test(
 def _test_one(
     model: FewShotLearner,
     options: Options,
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
     labels: Sequence[str],
     dataset: str,
     normalization: Normalization,
@@ -117,12 +117,12 @@ def _test_one(
     episodes = evaluation_episodes(split, options, model.device, normalization)
     check_disjoint(episodes, options.num_evaluation_tasks)
     logits, answers = [], torch.empty(0)
-    for path in checkpoints:
-        model.load_checkpoint(path, weights_only=True)
+    for path, state in checkpoints:
+        model.load_state(state, path, with_optimizer=False)
         one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
         logits.append(one)
-    protocol = test_protocol(options, split.name, normalization)
-    names = [path.name for path in checkpoints]
+    protocol = test_protocol(options, split.name)
+    names = [path.name for path, _ in checkpoints]
     scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
     results: list[Result] = [
         protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
@@ -147,7 +147,7 @@ def check_disjoint(episodes: Episodes, tasks: int) -> None:
             raise RuntimeError(f"task {task} of {episodes.split.name} uses an image twice")
 
 
-def test_protocol(options: Options, dataset: str, normalization: Normalization) -> Result:
+def test_protocol(options: Options, dataset: str) -> Result:
     """What a test result must say about itself to be compared with another."""
     way, shot, query = options.evaluation_task
     return {
@@ -159,7 +159,7 @@ def test_protocol(options: Options, dataset: str, normalization: Normalization) 
         "shot": shot,
         "query": query,
         "steps": None if options.head else options.number_of_evaluation_steps_per_iter,
-        "head": options.head and " ".join(map(str, (options.head, *options.solver_options.values()))),
+        "head": options.head_and_solver,
         "batch_norm": options.batch_norm,
         "normalization": options.normalization,
         "seed": options.val_seed,

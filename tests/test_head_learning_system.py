@@ -135,7 +135,7 @@ def test_official_checkpoints_load_with_and_without_prefix(
     torch.save({"embedding": weights, "head": {"scale": torch.tensor([2.5])}}, file)
     options = Options.from_mapping({"learner": "head", "head": "SVM", "dataset_name": "FC100", "backbone": backbone})
     model = HeadFewShotClassifier((1, 3, 32, 32), "cpu", options)
-    model.load_checkpoint(file, weights_only=True)
+    model.load_checkpoint(file, with_optimizer=False)
     assert model.head.scale.item() == 2.5
     for name, tensor in given.items():
         assert torch.equal(model.embedding.state_dict()[name], tensor), name
@@ -238,7 +238,7 @@ def test_a_head_sits_on_the_body_of_a_gradient_trained_network(tmp_path: Path) -
     options = Options.from_mapping(small | {"head": "Ridge", "test_way": 5, "evaluate_on_test_set_only": True})
     model = build_learner("cpu", options)
     assert isinstance(model, HeadOnBody)
-    model.load_checkpoint(tmp_path / "best", weights_only=True)
+    model.load_checkpoint(tmp_path / "best", with_optimizer=False)
     x_support, x_query, y_support, y_query = batch(way=5)
     _, logits = model.run_validation_iter([x_support, x_query, y_support, y_query])
     features = [
