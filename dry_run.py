@@ -1,17 +1,18 @@
 """A rehearsal: everything that a command would do, in seconds, on made-up images."""
 
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from utils import distributed
-from utils.options import Options
-from utils.progress import tell
+from utils.options import Options, all_fields, declaration, unmet
 from utils.synthetic import write_dataset
+
+log = logging.getLogger(__name__)
 
 ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
 
@@ -22,46 +23,36 @@ def dry_run(run: Callable[[Options, torch.device], None], options: Options, devi
         folder = distributed.broadcast_text(name)
         tiny = shrink(options, Path(folder))
         if distributed.is_main():
-            write_images(tiny)
+            write_images(tiny, (tiny.dataset_name, ELSEWHERE))
         distributed.barrier()
         run(dataclasses.replace(tiny, total_epochs=1), device)
         run(tiny, device)
         run(dataclasses.replace(tiny, evaluate_on_test_set_only=True, test_datasets=ELSEWHERE), device)
         distributed.barrier()
-    tell("dry run: trained, resumed, tested and cross-tested")
+    log.info("dry run: trained, resumed, tested and cross-tested")
 
 
-def write_images(tiny: Options) -> None:
-    """Just enough made-up images for the tasks of a dry run, in two data sets."""
-    tasks = (tiny.training_task, tiny.evaluation_task)
-    way, images = (
-        max(way for way, _, _ in tasks),
-        max(max(shot, *tiny.test_shot_list) + query for _, shot, query in tasks),
-    )
-    for dataset in (tiny.dataset_name, ELSEWHERE):
-        write_dataset(Path(tiny.dataset_dir) / dataset, way, images, (28, 28))
+def write_images(options: Options, names: Iterable[str]) -> None:
+    """Write just enough made-up images for the options' tasks, in data sets of these names."""
+    (way, shot, query), (test_way, _, test_query) = options.training_task, options.evaluation_task
+    images = max(shot + query, max(options.evaluation_task[1], *options.test_shot_list) + test_query)
+    for name in names:
+        write_dataset(Path(options.dataset_dir) / name, max(way, test_way), images, (28, 28))
 
 
 def shrink(options: Options, folder: Path) -> Options:
-    """The same method on fewer, smaller images with a narrower network, all in `folder`."""
-    ranks = distributed.world_size()
-    narrow: dict[str, Any] = {} if options.learner == "head" else {"cnn_num_filters": 4, "num_context_params": 4}
-    narrow |= {"resnet_widths": "2-3-4-5"} if options.backbone == "ResNet-12" else {}
+    """Return the options of the same method on fewer, smaller images with a narrower network, all in `folder`."""
+    declared = {field.name: declaration(field.name) for field in all_fields()}
+    tiny = {n: d.dry_run for n, d in declared.items() if d.dry_run is not None and not unmet(d.only, options)}
+    ranks, side = distributed.world_size(), 32 if options.conv_padding else 64
     return dataclasses.replace(
         options,
         dataset_dir=str(folder),
         experiments_dir=str(folder / "experiments"),
-        continue_from_epoch="latest",
-        evaluate_on_test_set_only=False,
-        test_datasets=None,
-        image_height=32 if options.conv_padding else 64,
-        image_width=32 if options.conv_padding else 64,
         save_path=options.save_path and str(folder / "run"),
-        num_target_samples=1,
-        val_query=options.val_query and 1,
+        test_datasets=None,
+        image_height=side,
+        image_width=side,
         batch_size=ranks * min(2, -(-options.batch_size // ranks)),
-        **narrow,
-        total_epochs=2,
-        total_iter_per_epoch=1,
-        num_evaluation_tasks=2,
+        **tiny,
     )

@@ -10,8 +10,9 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from utils.devices import peak_memory_gib
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
 from utils.metaoptnet import published_statistics
-from utils.names import find_dataset, same_dataset
-from utils.options import Options
+from utils.names import find_dataset
+from utils.options import Options, differences
 from utils.progress import progress_bar, stop_requests
 from utils.scores import Score, score
 
@@ -244,12 +245,13 @@ class Experiment:
         wanted = self.options.continue_from_epoch
         if wanted == "latest":
             if newest := self.newest_whole():
-                self._restore(newest)
+                self._restore(*newest)
                 self._save("latest")
         elif wanted == "from_scratch":
             self._move_aside(self._files())
         else:
-            self._restore(self.file(f"epoch_{wanted}"))
+            path = self.file(f"epoch_{wanted}")
+            self._restore(path, checkpoints.load(path))
             of_branch = [self.file(f"epoch_{epoch}") for epoch in self.ranking()]
             self._move_aside([path for path in self._files() if path not in of_branch])
             self._save("latest")
@@ -263,28 +265,30 @@ class Experiment:
                 file.write(kept[0].read_bytes())
         distributed.barrier()
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint that can be read; None if there is none at all.
+    def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint that can be read and what it holds; None if there is none at all.
 
         Raises UserError if there are some and all are damaged.
         """
         epochs = [path for _, path in sorted(self._epoch_files().items(), reverse=True)]
         files = [self.file("latest"), *epochs, self.file("best")]
-        whole = next((path for path in files if self._is_whole(path)), None)
-        if whole is None and any(path.exists() for path in files):
+        for path in files:
+            if state := self._read(path):
+                return path, state
+        if any(path.exists() for path in files):
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
                 "which keeps them in another folder"
             )
-        return whole
+        return None
 
-    def _is_whole(self, path: Path) -> bool:
-        """Whether a checkpoint is there and can be read; says so if it is there but damaged."""
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """Return what a checkpoint holds; None if it is not there or, with a warning, if it is damaged."""
         try:
-            return path.exists() and bool(checkpoints.load(path))
+            return checkpoints.load(path) if path.exists() else None
         except checkpoints.DamagedCheckpoint as error:
             log.warning("%s; going on without it", error)
-            return False
+            return None
 
     def _move_aside(self, paths: list[Path]) -> None:
         """Keep checkpoints that this run will not go on from in a folder of their own."""
@@ -296,33 +300,26 @@ class Experiment:
             log.info("%d checkpoints of the earlier run are kept in %s", len(paths), kept)
         distributed.barrier()
 
-    def _restore(self, path: Path) -> None:
-        state = checkpoints.load(path)
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Take over the training state that was read from `path`; raises UserError if it is not one of this run."""
         if "history" not in state:
             raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
-        self._compare_options(state["options"])
-        self.model.load_checkpoint(path)
+        self._compare_options(state["options"], "resume")
+        self.model.load_state(state, path)
         self.history, self.normalization = state["history"], state["normalization"]
         self.sums |= state["sums"]
         done = self.model.iterations_done
         log.info("going on from %s: %d epochs, %d iterations done", path, len(self.history), done)
 
-    def _compare_options(self, before: Mapping[str, Any], testing: bool = False) -> None:
-        """Warn of options that differ from the run's; raise UserError where its records would become false."""
-        may_change = MAY_CHANGE | TEST_MAY_CHANGE if testing else MAY_CHANGE
-        for name, value in dataclasses.asdict(self.options).items():
-            if name in may_change or before.get(name, value) == value:
-                continue
-            if name == "dataset_name" and same_dataset(before[name], value):
-                continue
-            change = f"--{name} is {value}, but the run was started with {before[name]}"
-            if name in MUST_STAY and not testing:
-                raise UserError(
-                    f"{change}; a run cannot go on with another one. Give the earlier value, another "
-                    "--experiment_name, or --continue_from_epoch from_scratch"
-                )
-            used = before[name] if name == "normalization" else value
-            log.warning("%s; going on with %s", change, used)
+    def _compare_options(self, before: Mapping[str, Any], purpose: Literal["resume", "test"]) -> None:
+        """Do with each option that differs from the run's what its declaration says; may raise UserError."""
+        for found in differences(before, self.options, purpose):
+            if found.policy == "refuse":
+                cure = "; to train anew, another --experiment_name or --continue_from_epoch from_scratch"
+                raise UserError(f"{found}; it has to stay. Give the earlier value{cure if purpose == 'resume' else ''}")
+            used = found.before if found.policy == "keep" else found.now
+            log.warning("%s; going on with %s", found, used)
+            self.options = dataclasses.replace(self.options, **{found.name: used})
 
     # --- meta-test ---------------------------------------------------------------------------------------------
 
@@ -331,53 +328,15 @@ class Experiment:
         newest = self.newest_whole()
         if newest is None:
             raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
-        state = checkpoints.load(newest)
+        _, state = newest
         self.history = state["history"]
-        self._compare_options(state["options"], testing=True)
-        kept = [path for epoch in self.ranking() if self._is_whole(path := self.file(f"epoch_{epoch}"))]
-        kept = kept[: self.options.top_n_models]
+        self._compare_options(state["options"], "test")
+        whole = ((path, read) for epoch in self.ranking() if (read := self._read(path := self.file(f"epoch_{epoch}"))))
+        kept = list(islice(whole, self.options.top_n_models))
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
-        options = dataclasses.replace(self.options, normalization=state["options"]["normalization"])
-        return meta_test(self.model, options, kept, labels, state["normalization"], self.folder)
-
-
-# Options that decide what is computed, which tasks are seen, or how iterations are counted.
-MUST_STAY = {
-    *("image_height", "image_width", "image_channels", "normalization", "rotate_classes"),
-    *("num_classes_per_set", "num_samples_per_class", "num_target_samples", "batch_size", "total_iter_per_epoch"),
-    *("train_seed", "val_seed", "num_evaluation_tasks", "skip_bad_images"),
-    *("inner_loop_part", "init_inner_loop_learning_rate", "context_params_learning_rate", "second_order"),
-    *("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter", "use_multi_step_loss_optimization"),
-    *("enable_inner_loop_optimizable_bn_params", "batch_norm"),
-    *("learner", "head", "backbone", "resnet_widths", "avg_pool", "augment", "test_way", "val_shot", "val_query"),
-    "dataset_name",
-}
-# Options that say how to test, or that matter to training alone.
-TEST_MAY_CHANGE = {
-    *("num_evaluation_tasks", "num_target_samples", "val_seed", "number_of_evaluation_steps_per_iter"),
-    *("total_iter_per_epoch", "batch_size", "seed", "train_seed", "rotate_classes", "clamp_outer_gradients"),
-    *("meta_learning_rate", "min_learning_rate", "lr_schedule", "second_order", "first_order_to_second_order_epoch"),
-    *("use_multi_step_loss_optimization", "multi_step_loss_num_epochs"),
-    *("test_way", "val_shot", "val_query", "augment", "label_smoothing", "outer_weight_decay", "dropblock_schedule"),
-    *("head", "svm_solver", "svm_max_iter", "svm_on_failure", "precision"),
-}
-# Options that say where, how long or how a run computes, not what it computes.
-MAY_CHANGE = {
-    *("dataset_dir", "experiments_dir", "gpu", "continue_from_epoch", "evaluate_on_test_set_only", "test_datasets"),
-    *(
-        "save_path",
-        "save_epoch",
-        "test_shots",
-        "total_epochs",
-        "max_models_to_save",
-        "top_n_models",
-        "tasks_per_pass",
-        "test_batch_size",
-    ),
-    *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),
-}
+        return meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
 
 
 def iterations_between_readings(seconds_per_iteration: float) -> int:

@@ -167,8 +167,9 @@ class HeadFewShotClassifier(FewShotLearner):
         return losses, logits, unsolved
 
     def protocol(self) -> dict[str, Any]:
-        words = map(str, (self.options.head, *head_options(self.options).values()))
-        return super().protocol() | {"head": " ".join(words)}
+        used = head_options(self.options)
+        words = [f"{name}={value}" if name.endswith("_reg") else str(value) for name, value in used.items()]
+        return super().protocol() | {"head": " ".join([str(self.options.head), *words])}
 
     def veto(self, metrics: Mapping[str, float]) -> Veto | None:
         if metrics["unsolved"] and self.options.svm_on_failure == "error":

@@ -154,11 +154,16 @@ class FewShotLearner(nn.Module):
         return self.load_checkpoint(Path(model_save_dir) / f"{model_name}_{model_idx}")
 
     def load_checkpoint(self, path: Path, with_optimizer: bool = True) -> dict[str, Any]:
-        """Restore what `save_model` wrote to `path`, and return the whole of it.
-
-        Raises UserError if it is damaged, or made by another architecture; the model is then unchanged.
-        """
+        """Restore what `save_model` wrote to `path` and return the whole state; see `load_state`."""
         state = checkpoints.load(path)
+        self.load_state(state, path, with_optimizer)
+        return state
+
+    def load_state(self, state: Mapping[str, Any], path: Path, with_optimizer: bool = True) -> None:
+        """Restore the weights and, if wanted, the optimiser from the state that was read from `path`.
+
+        Raises UserError if another architecture made it; the model is then unchanged.
+        """
         before = self.optimizer.state_dict()
         try:
             weights = self.weights_in(state)
@@ -169,7 +174,6 @@ class FewShotLearner(nn.Module):
             self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)
-        return state
 
 
 def as_tensor(array: Any) -> Tensor:

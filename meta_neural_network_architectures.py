@@ -475,7 +475,7 @@ class ResNet12Embedding(nn.Module):
         *,
         avg_pool: bool = False,
         dropblock_size: int | None = None,
-        dropblock_schedule: str = "training",
+        dropblock_schedule: str = "official",
     ) -> None:
         super().__init__()
         self.avg_pool = avg_pool
@@ -513,9 +513,10 @@ def build_resnet12_embedding(image_shape: ImageShape, options: Options) -> ResNe
 class DropBlock(nn.Module):
     """Blanks squares of each map in training, more of them as training goes on (Ghiasi et al., 2018, algorithm 1).
 
-    The fraction to blank grows from 0 to 0.1 in 40 000 forward passes. `forwards` counts the passes in training mode
-    and is saved with the weights; files without it (the official ones) load as 0. The "official" schedule counts passes
-    in evaluation too, as the official program does: there, validation episodes speed the schedule up about threefold.
+    The fraction to blank grows from 0 to 0.1 in 40 000 forward passes. `forwards` counts the passes and is saved with
+    the weights; files without it (the official ones) load as 0. The "official" schedule counts passes in evaluation
+    too, as the official program does: validation episodes speed the schedule up about threefold. The "training"
+    schedule counts those in training mode only.
     Squares are always whole; the official ones have holes where the number of hits in the batch has a factor in common
     with the square's area, so that 15 to 23 % less is blanked there in the mean.
 
@@ -525,7 +526,7 @@ class DropBlock(nn.Module):
 
     forwards: Tensor
 
-    def __init__(self, block_size: int, schedule: str = "training") -> None:
+    def __init__(self, block_size: int, schedule: str = "official") -> None:
         super().__init__()
         if schedule not in DROPBLOCK_SCHEDULES:
             raise UserError(f"DropBlock schedule {schedule!r}: choose from {', '.join(DROPBLOCK_SCHEDULES)}")

@@ -51,17 +51,17 @@ def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, ti
 def meta_test(
     model: FewShotLearner,
     options: Options,
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
     labels: Sequence[str],
     normalization: Normalization,
     folder: Path,
 ) -> list[Result]:
     """Score the first checkpoint, and the mean logits of all, on each data set and shot that the options name.
 
-    `labels` name the two in the results; with one label, only the first is scored. Images are resized and normalised as
-    in training, and every checkpoint sees the same tasks. Results are printed; they go to
-    FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs; those of several data
-    sets also to `utils.cross_domain`'s table and heat map.
+    `checkpoints` are files and what was read from them. `labels` name the two in the results; one label asks for the
+    first only. Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results are
+    printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs;
+    those of several data sets also to `utils.cross_domain`'s table and heat map.
     """
     results = []
     for dataset in options.test_dataset_list:
@@ -76,7 +76,7 @@ def meta_test(
 def _test_one(
     model: FewShotLearner,
     options: Options,
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
     labels: Sequence[str],
     dataset: str,
     normalization: Normalization,
@@ -86,12 +86,12 @@ def _test_one(
     episodes = evaluation_episodes(split, options, model.device, normalization)
     check_disjoint(episodes, options.num_evaluation_tasks)
     logits, answers = [], torch.empty(0)
-    for path in checkpoints:
-        model.load_checkpoint(path, with_optimizer=False)
+    for path, state in checkpoints:
+        model.load_state(state, path, with_optimizer=False)
         one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
         logits.append(one)
     protocol = test_protocol(options, split.name) | model.protocol()
-    names = [path.name for path in checkpoints]
+    names = [path.name for path, _ in checkpoints]
     scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
     results: list[Result] = [
         protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()

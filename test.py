@@ -5,23 +5,23 @@ python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000
 python test.py --load train_model_42 --config mini_imagenet-CxGrad.json               an official checkpoint
 python test.py --load best_model.pth --head SVM --network ResNet --dataset miniImageNet --shot 1       MetaOptNet's
 python test.py --load saved_models/best --head Ridge --way 10         a head on the body of a gradient-trained network
+python test.py --load saved_models/best --shot 5 --dry_run            a rehearsal on a few made-up images
 
 An ensemble averages logits. Images are resized and normalised as the model was trained. Results are added to
 logs/test_summary.{json,csv} of the checkpoint's experiment, or of the checkpoint's own folder.
 """
 
-import argparse
 import dataclasses
+import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import train_maml_system
 from data import Normalization, open_dataset
 from dry_run import shrink, write_images
-from experiment_builder import MUST_STAY
 from few_shot_learning_system import build_learner
 from meta_test import meta_test
 from preprocess.preprocess import ensure_builtin
@@ -30,191 +30,159 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metaoptnet import published_statistics
 from utils.official_checkpoints import infer_embedding, infer_options
-from utils.options import Options, read_json
-from utils.progress import set_up_logging, tell
+from utils.options import Options, changed, converted, differences, parse, parser_of, read_json
+from utils.progress import set_up_logging
+
+log = logging.getLogger(__name__)
+
+Asked = dict[str, Any]  # the options that the command line names, and their values
+# Flags, MetaOptNet's among them, and the options that they set.
+FLAGS = {
+    **{"dataset": "test_datasets", "test_datasets": "test_datasets", "episode": "num_evaluation_tasks"},
+    **{"way": "test_way", "shot": "val_shot", "query": "val_query", "seed": "val_seed"},
+    **{"steps": "number_of_evaluation_steps_per_iter", "network": "backbone", "config": "name_of_args_json_file"},
+    **{name: name for name in ("dataset_dir", "head", "svm_solver", "svm_max_iter", "svm_on_failure")},
+    **{name: name for name in ("C_reg", "lambda_reg", "batch_norm", "gpu", "dry_run")},
+}
+# A test's own defaults; other options are as in training.
+DEFAULTS = {
+    **{"dataset_dir": "datasets", "test_datasets": None, "test_shots": None, "gpu": None, "dry_run": False},
+    **{"num_evaluation_tasks": 1000, "val_query": 15, "val_seed": 0, "evaluate_on_test_set_only": True},
+}
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Asked]:
+    """Return the checkpoint files and the options that a command line names; raises UserError for what is not right."""
+    parser = parser_of(FLAGS, dict.fromkeys(FLAGS.values(), "as trained") | DEFAULTS, __doc__)
     parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
-    parser.add_argument("--config", type=Path, help="JSON file of options an official checkpoint was trained with")
-    parser.add_argument(
-        "--dataset", "--test_datasets", help="data set to test on, or several: CUB,glyphs; default: the one trained on"
-    )
-    parser.add_argument("--dataset_dir", default="datasets", help="folder that holds the data sets [%(default)s]")
-    parser.add_argument("--episode", type=int, default=1000, help="tasks [%(default)s]")
-    parser.add_argument("--way", type=int, help="classes in a task; default: as trained")
-    parser.add_argument("--shot", type=int, help="support images per class; default: as trained")
-    parser.add_argument("--query", type=int, default=15, help="query images per class [%(default)s]")
-    parser.add_argument("--head", help="ProtoNet, Ridge, R2D2, SVM (SVM-CS), SVM-He or SVM-WW; default: as trained")
-    parser.add_argument("--network", help="embedding of an official MetaOptNet file; default: what its weights tell")
-    parser.add_argument("--svm_solver", help="structured or qpth; default: as trained")
-    parser.add_argument("--svm_max_iter", type=int, help="qpth's iterations; MetaOptNet's test program has 3 [15]")
-    parser.add_argument("--svm_on_failure", help="error, or use: score tasks whose SVM was not solved as they are")
-    parser.add_argument("--steps", type=int, help="inner steps; default: as trained")
-    parser.add_argument("--batch_norm", help="transductive, per_step or running; default: as trained")
-    parser.add_argument("--seed", type=int, default=0, help="of the stream of test tasks [%(default)s]")
-    parser.add_argument("--gpu", help="a GPU id or cpu; default: the first GPU if there is one")
-    parser.add_argument("--dry_run", action="store_true", help="train and score a tiny model on made-up images")
-    given = parser.parse_args(argv)
-    if not given.load and not given.dry_run:
-        parser.error("--load names the checkpoint to score")
-    return given
+    values = parse(parser, argv)
+    files: list[Path] = values.pop("load")
+    return files, converted(values)
 
 
-def trained_options(state: dict[str, Any], given: argparse.Namespace) -> Options:
-    """The options of training: those in the checkpoint, or what its weights tell together with --config."""
-    file = str(given.load[0])
+def trained_options(state: Mapping[str, Any], file: Path, asked: Asked) -> Options:
+    """Return the options of training: those in the checkpoint, or what its weights tell together with --config."""
+    config_file = asked.get("name_of_args_json_file")
     if "options" in state:
-        if given.config:
+        if config_file:
             raise UserError(
                 f"{file} holds the options of its training; --config is for official checkpoints, which do not"
             )
-        return Options.from_mapping(state["options"], file)
-    config = read_json(given.config) if given.config else {}
+        return Options.from_mapping(state["options"], str(file))
+    config = read_json(Path(config_file)) if config_file else {}
     if "embedding" in state:
-        return metaoptnet_options(state, config, given)
-    told = infer_options(state["network"])
+        return metaoptnet_options(state, file, config, asked)
+    found = infer_options(state["network"])
     if not config:
-        tell(
-            "warning: this checkpoint does not say how it was trained; assumed are the published recipe's shot, rate "
-            f"and steps, images of {told['image_height']} pixels scaled to [0, 1]. Name its JSON file with --config"
+        log.warning(
+            "this checkpoint does not say how it was trained; assumed are the published recipe's shot, rate and steps, "
+            "images of %d pixels scaled to [0, 1]. Name its JSON file with --config",
+            found["image_height"],
         )
     sides = {name: config[name] for name in ("image_height", "image_width") if name in config}
     # What the weights prove wins over the file, which official programs do not follow in every key.
-    return Options.from_mapping({"dataset_name": "unknown"} | config | told | sides, file)
+    return Options.from_mapping({"dataset_name": "unknown"} | config | found | sides, str(file))
 
 
-def metaoptnet_options(state: dict[str, Any], config: dict[str, Any], given: argparse.Namespace) -> Options:
-    """Those of an official MetaOptNet checkpoint, which holds weights only: the rest is its published recipe's.
+def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, Any], asked: Asked) -> Options:
+    """Return those of an official MetaOptNet checkpoint, which holds weights only: the rest is its published recipe's.
 
     What it was trained on is --dataset, unless --config says otherwise.
     """
-    if given.head is None:
-        raise UserError(
-            f"{given.load[0]} does not say which head it was trained with; name it: --head SVM, for example"
-        )
-    dataset = config.get("dataset_name", given.dataset)
+    if "head" not in asked:
+        raise UserError(f"{file} does not say which head it was trained with; name it: --head SVM, for example")
+    dataset = config.get("dataset_name", asked.get("test_datasets"))
     if not dataset or "," in dataset:
         raise UserError(
-            f"{given.load[0]} does not say what it was trained on; name that data set with --dataset, or as "
+            f"{file} does not say what it was trained on; name that data set with --dataset, or as "
             "dataset_name in a JSON file with --config"
         )
     if "dataset_name" not in config:
-        tell(
-            f"warning: this checkpoint does not say what it was trained on; assumed is {dataset}, its size and colours"
-        )
-    assumed = {"learner": "head", "dataset_name": dataset, "head": given.head}
-    return Options.from_mapping(assumed | config | infer_embedding(state["embedding"]), str(given.load[0]))
+        log.warning("this checkpoint does not say what it was trained on; assumed is %s, its size and colours", dataset)
+    assumed = {"learner": "head", "dataset_name": dataset, "head": asked["head"]}
+    return Options.from_mapping(assumed | config | infer_embedding(state["embedding"]), str(file))
 
 
-def trained_normalization(state: dict[str, Any], options: Options, given: argparse.Namespace) -> Normalization:
-    """As in the checkpoint; an official one was normalised by the statistics of its train split, if at all."""
+def trained_normalization(state: Mapping[str, Any], options: Options) -> Normalization:
+    """Return that of the checkpoint; an official one was normalised by the statistics of its train split, if at all."""
     if "options" in state or options.normalization == "unit":
         return state.get("normalization")
     if options.normalization == "published":
         return published_statistics(options.dataset_name)
-    options = dataclasses.replace(options, dataset_dir=given.dataset_dir)
     split = open_dataset(options, options.dataset_name, "train")
     return split.mean, split.std
 
 
-def check_alike(states: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
+def check_alike(states: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
     """Raise UserError if checkpoints of an ensemble adapt or normalise in different ways."""
+    first = Options.from_mapping(states[0].get("options", {}), str(files[0]))
     for state, file in zip(states[1:], files[1:], strict=True):
-        given = [st.get("options") for st in (states[0], state)]
-        first, other = (dataclasses.asdict(Options.from_mapping(options)) if options else {} for options in given)
-        differing = [n for n in first if first[n] != other.get(n) and n in MUST_STAY - {"train_seed", "batch_size"}]
+        differing = [found.name for found in differences(state.get("options", {}), first, "test")]
         if differing or state.get("normalization") != states[0].get("normalization"):
             named = ", ".join(differing) or "normalization"
             raise UserError(f"{file} was trained with other options than {files[0]} ({named}); test them one by one")
 
 
-def test_options(trained: Options, given: argparse.Namespace) -> Options:
-    """The options of training, changed by what the test asks for; raises UserError where the model cannot do that."""
-    if given.batch_norm in ("per_step", "running") and not trained.tracks_statistics:
+def test_options(trained: Options, asked: Asked) -> Options:
+    """Return the options of training, changed by what the test asks for; UserError where the model cannot do that."""
+    if asked.get("batch_norm") in ("per_step", "running") and not trained.tracks_statistics:
         raise UserError(
-            f"--batch_norm {given.batch_norm} needs statistics that training did not keep; train with "
+            f"--batch_norm {asked['batch_norm']} needs statistics that training did not keep; train with "
             "--per_step_bn_statistics true or --batch_norm running"
         )
-    if given.head and given.steps:
+    if "head" in asked and "number_of_evaluation_steps_per_iter" in asked:
         raise UserError("--steps counts inner steps, which --head takes the place of; leave one of them out")
-    asked = {
-        "head": given.head,
-        "svm_on_failure": given.svm_on_failure,
-        "test_way": given.way,
-        "val_shot": given.shot,
-        "number_of_evaluation_steps_per_iter": given.steps,
-        "batch_norm": given.batch_norm,
-    }
-    if given.head or given.svm_solver or given.svm_max_iter:  # a solver goes with its head
-        asked |= {"svm_solver": given.svm_solver or "structured"}
-        trained = dataclasses.replace(trained, svm_max_iter=given.svm_max_iter)
-    options = Options.from_mapping(
-        dataclasses.asdict(trained)
-        | {name: value for name, value in asked.items() if value is not None}
-        | {"dataset_dir": given.dataset_dir, "val_query": given.query, "evaluate_on_test_set_only": True}
-        | {
-            "num_evaluation_tasks": given.episode,
-            "val_seed": given.seed,
-            "test_shots": None,
-            "test_datasets": given.dataset,
-        }
-    )
-    if given.network and Options.from_mapping(dataclasses.asdict(options) | {"backbone": given.network}) != options:
-        raise UserError(f"--network {given.network} is not what was trained, which is {options.backbone}; leave it out")
-    return options
+    if asked.get("backbone", trained.backbone) != trained.backbone:
+        raise UserError(
+            f"--network {asked['backbone']} is not what was trained, which is {trained.backbone}; leave it out"
+        )
+    return changed(trained, DEFAULTS | asked)
+
+
+def score(files: Sequence[Path], asked: Asked, rehearsal: Path | None = None) -> None:
+    """Score checkpoint files as the command line asks; with `rehearsal` on made-up images, and all results there."""
+    states = [checkpoints.load(path) for path in files]
+    check_alike(states, files)
+    options = test_options(trained_options(states[0], files[0], asked), asked)
+    if rehearsal:
+        options = dataclasses.replace(options, dataset_dir=str(rehearsal), num_evaluation_tasks=2, val_query=1)
+        write_images(options, {options.dataset_name, *options.test_dataset_list})
+    elif options.test_dataset_list == ["unknown"]:
+        raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
+    if options.gpu and "," in options.gpu:
+        log.warning("testing takes one GPU, the first of %s", options.gpu)
+    device = choose_device(options.gpu and options.gpu.split(",")[0])
+    for name in options.test_dataset_list:
+        ensure_builtin(name, Path(options.dataset_dir))
+    model = build_learner(device, options)
+    first = files[0].resolve()
+    folder = rehearsal or (first.parent.parent if first.parent.name == "saved_models" else first.parent)
+    labels = [first.name]
+    if len(files) > 1:
+        labels.append("ensemble of " + ", ".join(path.name for path in files))
+    loaded = list(zip(files, states, strict=True))
+    meta_test(model, options, loaded, labels, trained_normalization(states[0], options), folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
-    given = parse(argv)
-    if given.dry_run:
-        dry_run(given)
+    files, asked = parse_command(argv)
+    if not asked.pop("dry_run", False):
+        if not files:
+            raise UserError("--load names the checkpoint to score")
+        score(files, asked)
         return
-    states = [checkpoints.load(path) for path in given.load]
-    check_alike(states, given.load)
-    trained = trained_options(states[0], given)
-    options = test_options(trained, given)
-    if given.gpu and "," in given.gpu:
-        tell(f"warning: testing takes one GPU, the first of {given.gpu}")
-    device = choose_device(given.gpu and given.gpu.split(",")[0])
-    if options.test_dataset_list == ["unknown"]:
-        raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
-    for name in options.test_dataset_list:
-        ensure_builtin(name, Path(options.dataset_dir))
-    model = build_learner(device, options)
-    file = given.load[0].resolve()
-    folder = file.parent.parent if file.parent.name == "saved_models" else file.parent
-    labels = [file.name]
-    if len(given.load) > 1:
-        labels.append("ensemble of " + ", ".join(path.name for path in given.load))
-    normalization = trained_normalization(states[0], trained, given)
-    meta_test(model, options, given.load, labels, normalization, folder)
-
-
-def dry_run(given: argparse.Namespace) -> None:
-    """Train for two iterations on made-up images and score the checkpoint on them."""
     with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
-        options = shrink(Options(), Path(name))
-        write_images(options)
-        train_maml_system.run(options, choose_device(given.gpu))
-        (best,) = Path(name).glob("experiments/*/*/saved_models/best")
-        main(
-            [
-                "--load",
-                str(best),
-                "--dataset_dir",
-                name,
-                "--episode",
-                "2",
-                "--query",
-                "1",
-                *(["--gpu", given.gpu] if given.gpu else []),
-            ]
-        )
+        score(files or [made_up_checkpoint(Path(name), asked.get("gpu"))], asked, Path(name) / "test")
+
+
+def made_up_checkpoint(folder: Path, gpu: str | None) -> Path:
+    """Train a tiny model for two iterations on made-up images in `folder` and return its best checkpoint."""
+    options = shrink(Options(), folder)
+    write_images(options, [options.dataset_name])
+    train_maml_system.run(options, choose_device(gpu))
+    (best,) = folder.glob("experiments/*/*/saved_models/best")
+    return best
 
 
 if __name__ == "__main__":

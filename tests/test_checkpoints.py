@@ -114,10 +114,11 @@ def test_official_checkpoints_with_their_json_file_score_as_recorded(
     torch.save({"network": weights, "best_val_acc": np.float64(0.5)}, tmp_path / "train_model_1")
     config = facts("manifest")[case]["args"]  # which say use_bias: false in all cases
     (tmp_path / "config.json").write_text(json.dumps(config))
-    given = test_entry.parse(["--load", str(tmp_path / "train_model_1"), "--config", str(tmp_path / "config.json")])
-    options = test_entry.trained_options(checkpoints.load(given.load[0]), given)
+    words = ["--load", str(tmp_path / "train_model_1"), "--config", str(tmp_path / "config.json")]
+    (file,), asked = test_entry.parse_command(words)
+    options = test_entry.trained_options(checkpoints.load(file), file, asked)
     model = MAMLFewShotClassifier((2, 3, 20, 20), "cpu", options)
-    model.load_checkpoint(given.load[0], with_optimizer=False)
+    model.load_checkpoint(file, with_optimizer=False)
     _, logits = model.run_validation_iter(golden.batch(0))
     recorded = golden.arrays["f64/eval/target_logits"]
     np.testing.assert_allclose(torch.stack(logits), recorded, atol=3e-4 * np.abs(recorded).max(), rtol=0)

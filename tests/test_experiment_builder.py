@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,6 +381,38 @@ def test_an_ensemble_of_unlike_models_is_refused(finished: Path, toy_data: Path,
     files = [str(folder_of(results) / "saved_models" / "best") for results in (finished, tmp_path)]
     with pytest.raises(UserError, match=r"with other options than .*init_inner_loop_learning_rate"):
         test_entry.main(["--load", *files, "--dataset_dir", str(toy_data), "--gpu", "cpu"])
+
+
+def test_a_run_cannot_go_on_nor_be_tested_with_another_pooling(toy_data: Path, tmp_path: Path) -> None:
+    """On images of 8 pixels one stage with stride 2 and one with pooling have weights of the same shapes."""
+    shapes = ["--num_stages", "3", "--total_epochs", "1"]  # 8 -> 1 pixel, either way
+    main(command(toy_data, tmp_path / "pooled", *shapes))
+    main(command(toy_data, tmp_path / "strided", *shapes, "--max_pooling", "false"))
+    other = command(toy_data, tmp_path / "pooled", *shapes, "--max_pooling", "false")
+    for more in ([], ["--evaluate_on_test_set_only"]):
+        with pytest.raises(UserError, match="--max_pooling is False, but the run was started with True"):
+            main([*other, *more])
+    files = [str(folder_of(tmp_path / kind) / "saved_models" / "best") for kind in ("pooled", "strided")]
+    with pytest.raises(UserError, match=r"with other options than .*max_pooling"):
+        test_entry.main(["--load", *files, "--dataset_dir", str(toy_data), "--gpu", "cpu"])
+
+
+@pytest.mark.parametrize("more", [["--total_epochs", "4"], ["--evaluate_on_test_set_only", "true"]])
+def test_going_on_and_testing_read_each_checkpoint_once(
+    more: list[str], finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    read: list[str] = []
+    load = checkpoints.load
+
+    def note(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return load(path)
+
+    monkeypatch.setattr(checkpoints, "load", note)
+    monkeypatch.setattr(Experiment, "meta_test", lambda self: 0) if "--total_epochs" in more else None
+    main(command(toy_data, tmp_path, *more))
+    assert read and len(read) == len(set(read)), read
 
 
 def test_changed_options_are_named_when_going_on(

@@ -185,6 +185,20 @@ def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path:
         test_entry.main([*load, *protocol[:-1], "ResNet", "--head", "SVM", "--dataset", "FC100"])
 
 
+def test_the_solver_of_training_is_kept_when_its_iterations_are_limited(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("qpth")
+    state = checkpoints.load(finished / "best_model.pth")
+    checkpoints.save(state | {"options": state["options"] | {"svm_solver": "qpth"}}, tmp_path / "best_model.pth")
+    load = ["--load", str(tmp_path / "best_model.pth"), "--gpu", "cpu", "--dataset_dir", str(data), "--query", "1"]
+    test_entry.main([*load, "--episode", "2", "--svm_max_iter", "3"])
+    test_entry.main([*load, "--episode", "2", "--head", "Ridge"])
+    test_entry.main([*load, "--episode", "2", "--svm_solver", "structured", "--C_reg", "0.5"])
+    heads = [row["head"] for row in json.loads((tmp_path / "logs" / "test_summary.json").read_text())]
+    assert heads == ["SVM-CS qpth 3", "Ridge", "SVM-CS structured C_reg=0.5"]
+
+
 def test_our_own_file_is_scored_with_another_head_way_and_shot(data: Path, finished: Path) -> None:
     test_entry.main(["--load", str(finished / "best_model.pth"), "--gpu", "cpu", "--dataset_dir", str(data),
                      "--head", "ProtoNet", "--way", "5", "--shot", "4", "--query", "1", "--episode", "5"])  # fmt: skip

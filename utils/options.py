@@ -299,13 +299,13 @@ class Options:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
         """Options from a mapping of values or their text; raises UserError for an unknown name or a bad value."""
-        fields = {field.name: field for field in all_fields()}
+        fields = [field.name for field in all_fields()]
         values = {ALIASES.get(name, name): value for name, value in values.items()}
         if unknown := [name for name in values if name not in fields]:
             raise UserError(f"{origin}: " + "; ".join(unknown_name(name, fields) for name in unknown))
         if values.get("learner") == "head":
             values = metaoptnet.defaults(values) | dict(values)
-        options = cls(**{name: _convert(fields[name], value) for name, value in values.items()})
+        options = cls(**converted(values))
         options.validate()
         return options
 
@@ -555,6 +555,19 @@ def differences(before: Mapping[str, Any], now: Options, purpose: Literal["resum
     return found
 
 
+def changed(options: Options, changes: Mapping[str, Any]) -> Options:
+    """Return the options with `changes`; those that then have no effect, and are not among these, get their defaults.
+
+    Raises UserError as `Options.validate` does.
+    """
+    new = dataclasses.replace(options, **changes)
+    for name, usual in usual_values(new.learner).items():
+        if name not in changes and unmet(declaration(name).only, new):
+            setattr(new, name, usual)
+    new.validate()
+    return new
+
+
 # --- command line and files -----------------------------------------------------------------------------------------
 
 # Other names of options: MetaOptNet's, and one of our own earlier ones. On the command line '-' is as good as '_'.
@@ -574,31 +587,34 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 def _of_gradient(values: Mapping[str, Any]) -> bool:
     """Whether options that only a gradient learner heeds are among the values, or a network that only it has."""
     names = [name for name in values if name not in ALIASES]
-    network = _convert(_current.__dataclass_fields__["backbone"], values.get("backbone", "ResNet-12"))
+    network = converted({"backbone": values.get("backbone", "ResNet-12")})["backbone"]
     return declaration("backbone").choices.get(network) == [GRADIENT] or any(
         declaration(name).only == GRADIENT for name in names
     )
 
 
-def command_line_parser(flags: Mapping[str, str] | None = None, description: str = "") -> argparse.ArgumentParser:
-    """Return a parser of all options or, with `flags`, of those that its names stand for."""
-    fields = {field.name: field for field in all_fields()}
-    flags = {name: name for name in fields} | ALIASES if flags is None else flags
+def command_line_parser() -> argparse.ArgumentParser:
+    """Return the parser of training's command line."""
+    fields = {field.name: field.default for field in all_fields()}
+    return parser_of({name: name for name in fields} | ALIASES, fields)
+
+
+def parser_of(flags: Mapping[str, str], defaults: Mapping[str, Any], description: str = "") -> argparse.ArgumentParser:
+    """Return a parser of the options that `flags` names (flag -> option); `defaults` are those that its help shows."""
     parser = argparse.ArgumentParser(
-        description=f"{description}\n\nOptions take a value; booleans are true or false, and true without a value.",
+        description=f"{description}\nOptions take a value; booleans are true or false, and true without a value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for option in dict.fromkeys(flags.values()):
-        names = sorted((name for name in flags if flags[name] == option), key=option.__ne__)
+        names = [name for name in flags if flags[name] == option]
         spelt = [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names if "_" in name]
-        field, declared = fields[option], declaration(option)
-        kind = _base_type(field)
+        declared, kind = declaration(option), _base_type(_current.__dataclass_fields__[option])
         parser.add_argument(
             *spelt,
             dest=option,
-            help=f"{declared.meaning} [{field.default}]".replace("%", "%%"),
+            help=f"{declared.meaning} [{defaults[option]}]".replace("%", "%%"),
             metavar="|".join(map(str, declared.choices)) or kind.__name__.upper(),
             nargs="?" if kind is bool else None,
             const="true" if kind is bool else None,
@@ -668,6 +684,11 @@ def _base_type(field: "dataclasses.Field[Any]") -> type:
     """Return the type of a field, without the None of an optional one."""
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     return kinds[0] if kinds else field.type  # type: ignore[return-value]
+
+
+def converted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options' values or their text as the options' types."""
+    return {name: _convert(_current.__dataclass_fields__[name], value) for name, value in values.items()}
 
 
 def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:

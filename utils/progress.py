@@ -37,13 +37,6 @@ def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":
     return tqdm(total=total, initial=initial, desc=title, leave=False, disable=hidden)
 
 
-def tell(line: str) -> None:
-    """Print one line above the progress bar, in the main process, at once."""
-    if distributed.is_main():
-        tqdm.write(line)
-        sys.stdout.flush()
-
-
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """While inside, Ctrl-C and SIGTERM put an exit status into the list; a second signal acts as it usually does."""
