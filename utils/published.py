@@ -59,6 +59,7 @@ class Published:
 
     @property
     def number(self) -> str:
+        """The accuracy and its ± as text, with the digits of the source."""
         return f"{self.accuracy}" if self.ci is None else f"{self.accuracy} ± {self.ci}"
 
 
