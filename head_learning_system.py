@@ -167,8 +167,8 @@ class HeadFewShotClassifier(FewShotLearner):
         return losses, logits, unsolved
 
     def protocol(self) -> dict[str, Any]:
-        used = head_options(self.options)
-        words = [f"{name}={value}" if name.endswith("_reg") else str(value) for name, value in used.items()]
+        used = sorted(head_options(self.options).items(), key=lambda option: option[0].endswith("_reg"))
+        words = [f"{name}={value}" if name.endswith("_reg") else str(value) for name, value in used]
         return super().protocol() | {"head": " ".join([str(self.options.head), *words])}
 
     def veto(self, metrics: Mapping[str, float]) -> Veto | None:

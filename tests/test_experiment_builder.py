@@ -297,6 +297,7 @@ def test_a_frequent_save_changes_nothing(
     finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experiment_builder, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(experiment_builder, "READ_EVERY_SECONDS", 0.0)
     saved: list[int] = []
     save = MAMLFewShotClassifier.save_model
 

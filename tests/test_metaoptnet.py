@@ -51,7 +51,7 @@ def test_naming_a_head_brings_metaoptnets_defaults_and_those_of_the_data_set() -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--head Rigde", "it is one of ProtoNet, Ridge"),
+        ("--head Rigde", "it is one of ProtoNet, R2D2, Ridge"),
         ("--head Ridge --svm_solver qpth", "--svm_solver has no effect with --head Ridge; it needs --head SVM-CS"),
         (
             "--head SVM --svm_max_iter 3",
@@ -60,7 +60,7 @@ def test_naming_a_head_brings_metaoptnets_defaults_and_those_of_the_data_set() -
         ("--head SVM --eps 0.9", r"with 5 ways it is from 0 to 0\.8"),
         ("--learner head --alfa true", "--alfa has no effect with --learner head"),
         ("--eps 0.1", "--label_smoothing has no effect with --learner gradient"),
-        ("--learner head --backbone 4-CONV", "with --learner head it is one of conv64, R2D2Net, ResNet-12"),
+        ("--learner head --backbone 4-CONV", "with --learner head it is one of ResNet-12, conv64, R2D2Net"),
         ("--backbone conv64", "with --learner gradient it is one of 4-CONV, ResNet-12"),
         ("--learner gradient --head Ridge", "tested with a --head, not trained with one"),
         ("--test_way 10", "classifies 5 ways with a linear layer, so it cannot be tested with 10"),
