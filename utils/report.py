@@ -38,7 +38,7 @@ SUPPORT, RIGHT, WRONG = "#374151", "#2e9e5b", "#d0342c"
 
 
 class Epoch(NamedTuple):
-    """A row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
+    """An epoch is a row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
 
     epoch: float
     iterations: float  # since the start of training
@@ -49,7 +49,7 @@ class Epoch(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What options.json says of the training and its validation."""
+    """The setup is what options.json says of the training and its validation."""
 
     dataset_name: str
     experiment_name: str
@@ -59,7 +59,7 @@ class Setup(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An entry of test_summary.json in words; both texts of accuracy are in %."""
+    """A result is an entry of test_summary.json in words, accuracy and CI in %."""
 
     dataset: str
     trained_on: str
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """A task and the model's answers."""
+    """An episode is a task and the model's answers."""
 
     support: np.ndarray  # (way, shot, H, W, C) uint8
     query: np.ndarray  # (way, query, H, W, C) uint8
