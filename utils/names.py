@@ -12,7 +12,7 @@ KNOWN = (
 
 
 def _fold(name: str) -> str:
-    """Return the name without case, '-', '_' and ' '; the American spelling of colour counts as ours."""
+    """The name without case, '-', '_' and ' '; the American spelling of colour counts as ours."""
     folded = name.lower().translate(str.maketrans("", "", "-_ "))
     return "glyphscolour" if folded == "glyphscolor" else folded
 
@@ -23,12 +23,12 @@ _CANONICAL = {_fold(name): name for name in KNOWN} | {
 
 
 def canonical_name(name: str) -> str:
-    """Return the one spelling used for folders and results; a name that is not known comes back unchanged."""
+    """The one spelling used for folders and results; a name that is not known comes back unchanged."""
     return _CANONICAL.get(_fold(name), name)
 
 
 def same_dataset(one: str, other: str) -> bool:
-    """Return whether two names are spellings of one data set."""
+    """Whether two names are spellings of one data set."""
     return _fold(canonical_name(one)) == _fold(canonical_name(other))
 
 
@@ -38,9 +38,9 @@ def turns_classes(name: str) -> bool:
 
 
 def find_dataset(dataset_dir: Path, name: str) -> Path:
-    """Return the folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
+    """The folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
 
-    A folder spelt exactly like `name` wins. Raises UserError where only other spellings exist, and several of them.
+    A folder spelt exactly like `name` wins. UserError where only other spellings exist, and several of them.
     """
     exact = dataset_dir / name
     if exact.is_dir() or not dataset_dir.is_dir():
@@ -54,7 +54,7 @@ def find_dataset(dataset_dir: Path, name: str) -> Path:
 
 
 def missing_dataset(dataset_dir: Path, name: str) -> UserError:
-    """Return an error that says what to put where, and what there is."""
+    """Says what to put where, and what there is."""
     folder = find_dataset(dataset_dir, name)
     there = sorted(path.name for path in dataset_dir.glob("[!.]*/")) if dataset_dir.is_dir() else []
     return UserError(
@@ -66,12 +66,12 @@ def missing_dataset(dataset_dir: Path, name: str) -> UserError:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether a folder or file may have this name: no way out, not hidden, no control characters."""
+    """Whether a folder or file may be called so: no way out, not hidden, nothing that a terminal would obey."""
     controls = any(unicodedata.category(character) == "Cc" for character in name)
     return bool(name) and not name.startswith(".") and not controls and not set(name) & set("/\\")
 
 
 def leads_out(path: str) -> bool:
-    """Return whether a path from elsewhere is absolute or has '..', on any system."""
+    """Whether a path from elsewhere is absolute or has '..', on any system."""
     parsed = PureWindowsPath(path)  # it knows drives and backslashes too
     return bool(parsed.drive or parsed.root or ".." in parsed.parts)

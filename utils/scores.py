@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Score(NamedTuple):
-    """All numbers but the loss are fractions in [0, 1]. The intervals answer different questions, so each keeps its name."""
+    """The score is in fractions, the loss apart. Its intervals answer different questions, so each keeps its name."""
 
     accuracy: float
     ci95_per_episode: float  # 1.96 * std over episodes / sqrt(episodes); as MetaOptNet reports
