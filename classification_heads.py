@@ -1,13 +1,15 @@
 """Base learners that MetaOptNet fits on the embeddings of one episode: closed-form and convex, differentiable through.
 
-Every head is a function of an `Episode`, the embeddings with a leading task dimension, and its own options. Kernels and
-all that is solved with them are float64, whatever the embeddings' type, unless qpth is to solve in float32.
+Every head is a function of an `Episode`, the embeddings with a leading task dimension, and its own options; `register`
+makes it known to `ClassificationHead` and to --head. Kernels and all that is solved with them are float64, whatever the
+embeddings' type, unless qpth is to solve in float32.
 """
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,46 @@ from torch.autograd.function import once_differentiable
 
 from qp_solvers import Factors, adjoint, crammer_singer, search, solve_box, solve_crammer_singer_qpth
 from utils.errors import UserError
+from utils.options import Options, add_choice, add_options, declaration, opt, tuned
+
+
+@add_options
+@dataclass
+class HeadOptions:
+    svm_solver: str = tuned(
+        "structured",
+        "structured: exact, in float64; qpth: the interior-point package that the paper used, in float32",
+        choices=("structured", "qpth"),
+        only={"head": "SVM-CS"},
+    )
+    svm_max_iter: int | None = tuned(
+        None,
+        "qpth: iterations at most [15]; MetaOptNet's test program stops after 3, which scores differently",
+        at_least=1,
+        only={"svm_solver": "qpth"},
+    )
+    svm_on_failure: str = tuned(
+        "error",
+        "what a task does whose SVM was not solved: error: it is left out of the update and the run stops; "
+        "skip: it is left out and counted; use: it counts as it is, as skip does in tests. qpth's tasks pass as solved "
+        "unless they are no numbers",
+        choices=("error", "skip", "use"),
+        only={"head": ()},
+    )
+    C_reg: float | None = opt(
+        None,
+        "C of an SVM; default: the head's own, as MetaOptNet has it",
+        at_least=1e-9,
+        only={"head": ()},
+        test="ignore",
+    )
+    lambda_reg: float | None = opt(
+        None, "weight of the squared norm in a ridge regression [50]", at_least=1e-9, only={"head": ()}, test="ignore"
+    )
+
+
+# What a head's parameter of this name is called among the options; others have the same name.
+OPTION_OF = {"solver": "svm_solver", "max_iter": "svm_max_iter"}
 
 
 class Scores(NamedTuple):
@@ -23,6 +65,34 @@ class Scores(NamedTuple):
 
     logits: Tensor  # (tasks, n_query, n_way)
     residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.QPSolution); 0 for closed forms
+
+
+HEADS: dict[str, Callable[..., Scores]] = {}
+
+
+def register(name: str, *aliases: str) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+    """Make a function of an `Episode` and keyword options a --head.
+
+    The options of its parameters' names are passed to it, and have an effect with it.
+    """
+
+    def add(learner: Callable[..., Scores]) -> Callable[..., Scores]:
+        HEADS[name] = learner
+        add_choice("head", name, aliases=aliases)
+        affected = [OPTION_OF.get(parameter, parameter) for parameter in _option_names(learner)]
+        affected += ["svm_on_failure"] if "svm_solver" in affected else []
+        for option in set(affected) & {"C_reg", "lambda_reg", "svm_on_failure"}:
+            declaration(option).only["head"] += (name,)
+        return learner
+
+    return add
+
+
+def head_options(options: Options) -> dict[str, Any]:
+    """What the head that the options name is called with."""
+    names = _option_names(HEADS[str(options.head)])
+    values = {name: getattr(options, OPTION_OF.get(name, name), None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class ClassificationHead(nn.Module):
@@ -160,6 +230,7 @@ def episode_of(query: Tensor, support: Tensor, one_hot: Tensor) -> Episode:
 # --- closed forms --------------------------------------------------------------------------------------------------
 
 
+@register("ProtoNet")
 def proto_net(episode: Episode, normalize: bool = True) -> Scores:
     """Minus the squared distance to each class's mean (Snell et al. 2017), divided by d if `normalize`."""
     query, support, one_hot = episode.double()
@@ -176,6 +247,7 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.new_zeros(len(logits))
 
 
+@register("R2D2")
 def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
     """Ridge regression on the one-hot labels (Bertinetto et al. 2019): query X'(X X' + lambda I)^-1 Y."""
     episode = episode.double()  # float32 products would do for lambda = 50, not for 1
@@ -185,6 +257,7 @@ def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
     return Scores(episode.decide(dual), _exact(dual))
 
 
+@register("Ridge")
 def ridge(episode: Episode, lambda_reg: float = 50.0) -> Scores:
     """MetaOptNet's ridge head. Its QP has a linear term of -2 Y, so the logits are twice those of R2D2."""
     scores = r2d2(episode, lambda_reg)
@@ -194,6 +267,7 @@ def ridge(episode: Episode, lambda_reg: float = 50.0) -> Scores:
 # --- support vector machines ---------------------------------------------------------------------------------------
 
 
+@register("SVM-CS", "SVM")
 def svm_cs(
     episode: Episode,
     C_reg: float = 0.1,
@@ -267,6 +341,7 @@ def _require_structured(solver: str, max_iter: int | None = None) -> None:
         )
 
 
+@register("SVM-He")
 def svm_he(episode: Episode, C_reg: float = 0.01, solver: str = "structured") -> Scores:
     """Multi-class SVM of He et al. 2012 with one variable per support point.
 
@@ -283,6 +358,7 @@ def svm_he(episode: Episode, C_reg: float = 0.01, solver: str = "structured") ->
     return Scores(episode.decide(solution.dual.unsqueeze(2) * one_hot), solution.residual)
 
 
+@register("SVM-WW")
 def svm_ww(episode: Episode, C_reg: float = 1e-5, solver: str = "structured") -> Scores:
     """Multi-class SVM of Weston and Watkins 1999, with a bias in the kernel (K + 1).
 
@@ -304,13 +380,3 @@ def svm_ww(episode: Episode, C_reg: float = 1e-5, solver: str = "structured") ->
     dual = solution.dual.view(tasks, way, n).mT
     coefficients = one_hot * dual.sum(2, keepdim=True) - dual  # (tasks, n, way)
     return Scores(episode.decide(coefficients) + coefficients.sum(1, keepdim=True), solution.residual)
-
-
-HEADS: dict[str, Callable[..., Scores]] = {
-    "ProtoNet": proto_net,
-    "Ridge": ridge,
-    "R2D2": r2d2,
-    "SVM-CS": svm_cs,
-    "SVM-He": svm_he,
-    "SVM-WW": svm_ww,
-}

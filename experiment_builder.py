@@ -6,7 +6,7 @@ is stopped anywhere and started again ends with the same weights as one that nev
 
 import dataclasses
 import json
-import math
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Episodes, Normalization, evaluation_episodes, open_dataset, training_episodes
-from learner import UNSOLVED_CURE, FewShotLearner
+from learner import FewShotLearner
 from meta_test import Result, meta_test, query_logits
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
@@ -31,9 +31,12 @@ from utils.options import Options
 from utils.progress import progress_bar, stop_requests, tell
 from utils.scores import Score, score
 
-SUMMED = ("loss", "accuracy", "unsolved", "seconds")
+log = logging.getLogger(__name__)
+
+AVERAGED = ("loss", "accuracy")  # metrics of an iteration; a learner's `counts` are added up
 SAVE_EVERY_SECONDS = 60.0
-READ_METRICS_EVERY = 50  # iterations, on a GPU: reading one waits for the device
+READ_EVERY_SECONDS = 1.0  # reading metrics waits for the device
+READ_EVERY_ITERATIONS = 50  # at most so many between two readings
 
 
 class Stopped(SystemExit):
@@ -41,12 +44,12 @@ class Stopped(SystemExit):
 
 
 def experiment_folder(options: Options) -> Path:
-    """EXPERIMENTS_DIR/DATASET_NwayKshot/NAME, or what --save_path says."""
+    """Return EXPERIMENTS_DIR/DATASET_Nway_Kshot/NAME, of a head learner DATASET_Nway, or what --save_path says."""
     if options.save_path is not None:
         return Path(options.save_path)
-    task = f"{options.num_classes_per_set}way{options.num_samples_per_class}shot"
+    shot = "" if options.learner == "head" else f"_{options.num_samples_per_class}shot"
     dataset = find_dataset(Path(options.dataset_dir), options.dataset_name).name
-    return Path(options.experiments_dir) / f"{dataset}_{task}" / options.experiment_name
+    return Path(options.experiments_dir) / f"{dataset}_{options.num_classes_per_set}way{shot}" / options.experiment_name
 
 
 class Experiment:
@@ -60,7 +63,8 @@ class Experiment:
         self.folder = experiment_folder(options)
         self.models = self.folder if options.save_path is not None else self.folder / "saved_models"
         self.history: list[dict[str, float]] = []  # one row per finished epoch
-        self.sums = dict.fromkeys(SUMMED, 0.0)  # over the iterations of the current epoch
+        self.metrics = (*AVERAGED, *model.counts)
+        self.sums = dict.fromkeys((*self.metrics, "seconds"), 0.0)  # over the iterations of the current epoch
         self.normalization: Normalization = None
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -89,24 +93,26 @@ class Experiment:
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
 
-        `tasks` is this process's share of each meta-batch.
+        `tasks` is this process's share of each meta-batch. About once a second metrics are read and processes agree on
+        whether to save or stop; the iteration at which they do so next is part of the agreement.
         """
         options, epoch = self.options, len(self.history)
         end = (epoch + 1) * options.total_iter_per_epoch
-        unread: list[Tensor] = []  # (3,) each: loss, accuracy, unsolved tasks; on the device
-        read_every = READ_METRICS_EVERY if self.model.device.type == "cuda" else 1
+        unread: list[Tensor] = []  # (metrics,) each, on the device
         clock = saved = time.monotonic()
+        next_reading = self.model.iterations_done + 1
         with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
             while (done := self.model.iterations_done) < end:
                 batch = episodes.batch(done * options.batch_size + tasks.start, len(tasks))
                 torch.manual_seed(iteration_seed(options.seed, done))
-                losses, _ = self.model.run_train_iter(batch, epoch)
-                unread.append(
-                    torch.stack([losses["loss"], losses["accuracy"], losses["unsolved"].to(losses["loss"].dtype)])
-                )
+                metrics, _ = self.model.run_train_iter(batch, epoch)
+                unread.append(torch.stack([metrics[name].to(metrics["loss"].dtype) for name in self.metrics]))
                 bar.update()
-                if (done + 1) % read_every and done + 1 < end:
+                stops_alone = stop and distributed.world_size() == 1
+                if done + 1 < min(next_reading, end) and not stops_alone:
                     continue
+                pace = (time.monotonic() - clock) / len(unread)
+                next_reading = done + 1 + distributed.largest(iterations_between_readings(pace))
                 self._read_metrics(unread, bar)
                 clock = self._count_seconds(clock)
                 save_is_due = time.monotonic() - saved > SAVE_EVERY_SECONDS or done + 1 == end
@@ -115,10 +121,10 @@ class Experiment:
                     self._save("latest")
                     saved = time.monotonic()
                 if agreed > 1:
-                    tell(f"stopped and saved at iteration {done + 1}; {self._how_to_go_on()}")
+                    log.info("stopped and saved at iteration %d; %s", done + 1, self._how_to_go_on())
                     raise Stopped(agreed)
             if stop:  # asked for while the last iteration's state was being saved
-                tell(f"stopped and saved at iteration {end}; {self._how_to_go_on()}")
+                log.info("stopped and saved at iteration %d; %s", end, self._how_to_go_on())
                 raise Stopped(stop[0])
 
     def _how_to_go_on(self) -> str:
@@ -127,32 +133,27 @@ class Experiment:
         return "the same command without --continue_from_epoch goes on from here"
 
     def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
-        """Add up the metrics of some iterations; raises UserError at the first that is not a finite number."""
+        """Add up the metrics of some iterations; raises UserError at the first that the learner vetoes."""
         rows = distributed.gather_tasks(torch.stack(unread).unsqueeze(0)).mean(0).double().cpu().tolist()
         first = self.model.iterations_done - len(unread)
         unread.clear()
-        for offset, (loss, accuracy, unsolved) in enumerate(rows):
-            self._check_iteration(first + offset, loss, unsolved)
-            self.sums["loss"] += loss
-            self.sums["accuracy"] += accuracy
-            self.sums["unsolved"] += unsolved * distributed.world_size()
+        for iteration, row in enumerate(rows, first):
+            metrics = dict(zip(self.metrics, row, strict=True))
+            self._check_iteration(iteration, metrics)
+            for name, value in metrics.items():
+                self.sums[name] += value * (distributed.world_size() if name in self.model.counts else 1)
         done = self.model.iterations_done % self.options.total_iter_per_epoch or self.options.total_iter_per_epoch
         bar.set_postfix(loss=f"{self.sums['loss'] / done:.3f}", accuracy=f"{self.sums['accuracy'] / done:.1%}")
 
-    def _check_iteration(self, iteration: int, loss: float, unsolved: float) -> None:
-        """Raise UserError if the loss is not a number, or if SVMs were not solved and that is to be an error."""
-        options = self.options
-        if not math.isfinite(loss):
-            rates = "" if options.learner == "head" else "--init_inner_loop_learning_rate or "
-            problem, cure = f"the loss is {loss}", f"Lower {rates}--meta_learning_rate"
-        elif unsolved and options.svm_on_failure == "error":
-            problem, cure = f"a task's {options.head} was not solved", UNSOLVED_CURE
-        else:
+    def _check_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Raise UserError if the learner says that training must not go on."""
+        if (veto := self.model.veto(metrics)) is None:
             return
-        tasks = f"{iteration * options.batch_size} and the following {options.batch_size - 1}"
+        size = self.options.batch_size
+        tasks = f"tasks {iteration * size} and the following {size - 1}, --train_seed {self.options.train_seed}"
         raise UserError(
-            f"{problem} at iteration {iteration} (training tasks {tasks}, --train_seed {options.train_seed}); training "
-            f"has stopped, checkpoints hold earlier, finite weights. {cure}"
+            f"{veto.problem} at iteration {iteration} (training {tasks}); training has stopped, checkpoints hold "
+            f"earlier, finite weights. {veto.cure}"
         )
 
     def _count_seconds(self, since: float) -> float:
@@ -172,7 +173,7 @@ class Experiment:
             "val_accuracy": validation.accuracy,
             "val_ci95_per_episode": validation.ci95_per_episode,
             "learning_rate": self.model.learning_rate,
-            "unsolved": int(self.sums["unsolved"]),
+            **{name: int(self.sums[name]) for name in self.model.counts},
             "seconds": round(self.sums["seconds"], 3),
         }
         self.history.append(row)
@@ -376,6 +377,11 @@ MAY_CHANGE = {
     ),
     *("name_of_args_json_file", "num_dataprovider_workers", "checkpoint_inner_steps", "dry_run"),
 }
+
+
+def iterations_between_readings(seconds_per_iteration: float) -> int:
+    """How many iterations make about a second, at least one."""
+    return max(1, min(READ_EVERY_ITERATIONS, int(READ_EVERY_SECONDS / max(seconds_per_iteration, 1e-6))))
 
 
 def iteration_seed(seed: int, iteration: int) -> int:

@@ -1,25 +1,31 @@
 """The head learner: an embedding trained through a base learner that is solved inside each task (MetaOptNet).
 
-Adapting is embedding the support images; predicting solves the base learner on them and scores the query images.
+Adapting is embedding the support images; predicting solves the base learner on them and scores the query images. The
+body of a network that was trained by gradient steps serves as an embedding too, frozen.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from classification_heads import ClassificationHead
-from learner import DataBatch, FewShotLearner, Tasks, cross_entropy
-from meta_neural_network_architectures import ProtoNetConv64, R2D2Net, ResNet12Embedding
+from classification_heads import ClassificationHead, head_options
+from inner_loop_optimizers import chosen_rules, official_bias
+from learner import DataBatch, FewShotLearner, Tasks, Veto, cross_entropy
+from meta_neural_network_architectures import DropBlock, Pass, build_backbone, build_embedding
 from utils import distributed, metaoptnet
 from utils.errors import UserError
 from utils.official_checkpoints import without_prefix
 from utils.options import Options
 
+log = logging.getLogger(__name__)
+
 MOMENTUM = 0.9
+UNSOLVED_CURE = "Lower --meta_learning_rate if embeddings grow without bound; or --svm_on_failure skip or use"
 UNSOLVED = 1e-6  # relative KKT residual above which a task's SVM counts as not solved; 1e-9 and less is usual
 
 
@@ -30,24 +36,42 @@ class Support(NamedTuple):
     labels: Tensor  # (tasks, n)
 
 
+class FrozenBody(nn.Module):
+    """The features of a network with an inner loop at its meta-parameters: (tasks, n, C, H, W) -> (tasks, n, d)."""
+
+    def __init__(self, image_shape: tuple[int, int, int], options: Options) -> None:
+        super().__init__()
+        self.classifier = build_backbone(image_shape, options, official_bias(chosen_rules(options)))
+        self.at = Pass(use_running=options.batch_norm != "transductive")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.classifier.features(task.unsqueeze(0), self.at) for task in images])
+
+
 class HeadFewShotClassifier(FewShotLearner):
     """An embedding and a base learner; the interface is that of `MAMLFewShotClassifier`.
 
     Args:
         im_shape: (batch, C, H, W) of the images.
         device: where everything runs.
-        args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults.
+        args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults. With
+            ``learner`` = gradient the embedding is the frozen body of such a learner, and the head learns nothing.
     """
 
-    file_names: ClassVar = {"latest": "last_epoch.pth", "best": "best_model.pth"}
-    suffix = ".pth"
+    counts = ("unsolved",)
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__(im_shape, device, args)
+        self.on_body = self.options.learner == "gradient"
+        if not self.on_body:
+            self.file_names, self.suffix = {"latest": "last_epoch.pth", "best": "best_model.pth"}, ".pth"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)  # the initial weights are a function of the seed alone
-            self.embedding = build_embedding(self.image_shape, self.options)
-        self.head = ClassificationHead(str(self.options.head))
+            build = FrozenBody if self.on_body else build_embedding
+            self.embedding = build(self.image_shape, self.options)
+        drops = [module for module in self.embedding.modules() if isinstance(module, DropBlock)]
+        self.counts_evaluation = any(drop.counts_evaluation for drop in drops)
+        self.head = ClassificationHead(str(self.options.head), enable_scale=not self.on_body)
         self.to(self.device)
         if self.device.type == "cpu" or self.options.precision != "float32":
             self.embedding.to(memory_format=torch.channels_last)  # faster there; not measured on a GPU
@@ -61,7 +85,10 @@ class HeadFewShotClassifier(FewShotLearner):
         )
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (tasks, n, C, H, W) -> features (tasks, n, d); the images of all tasks are one batch."""
+        """Images (tasks, n, C, H, W) -> features (tasks, n, d); weights are shared, so all images are one batch."""
+        if self.on_body:
+            features: Tensor = self.embedding(images)
+            return features
         with self._precision():
             embedded = self.embedding(images.flatten(0, 1))
         return embedded.unflatten(0, images.shape[:2]).to(images.dtype)
@@ -71,7 +98,7 @@ class HeadFewShotClassifier(FewShotLearner):
 
     def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
         """Evaluation tasks: singly where DropBlock counts them, as the official program does."""
-        if self.options.dropblock_schedule == "training":
+        if not self.counts_evaluation:
             return super()._passes(tasks)
         return map(Tasks._make, zip(*(tensor.split(1) for tensor in tasks), strict=True))
 
@@ -81,14 +108,26 @@ class HeadFewShotClassifier(FewShotLearner):
         with torch.no_grad():
             return Support(self.features(x_support), y_support)
 
-    @torch.no_grad()
     def predict(self, state: Support, x_query: Tensor) -> Tensor:
         """Logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
-        logits, unsolved = solve(
-            self.head, self.options, state, self.features(x_query), self.options.evaluation_task[0]
-        )
-        self._count_unsolved(unsolved)
-        return logits
+        return self._score(state, x_query)[0]
+
+    @torch.no_grad()
+    def _score(self, state: Support, x_query: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and whether the head of each task (tasks,) was not solved."""
+        self.eval()
+        way = self.options.evaluation_task[0]
+        return solve(self.head, self.options, state, self.features(x_query), way)
+
+    def run_validation_iter(
+        self, data_batch: DataBatch, current_iter: int | None = None
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """Score a meta-batch as `FewShotLearner` does; `losses` counts the tasks whose head was `unsolved`."""
+        tasks = self._to_device(data_batch, self.options.evaluation_task[0])
+        parts = [self._score(self.adapt(part.x_support, part.y_support), part.x_query) for part in self._passes(tasks)]
+        logits, unsolved = (torch.cat(part) for part in zip(*parts, strict=True))
+        report, predictions = self._report(cross_entropy(logits, tasks.y_query), logits, tasks.y_query)
+        return report | {"unsolved": unsolved.sum()}, predictions
 
     def run_train_iter(
         self, data_batch: DataBatch, epoch: float, current_iter: int | None = None
@@ -127,6 +166,24 @@ class HeadFewShotClassifier(FewShotLearner):
             losses = torch.where(unsolved & losses.isfinite(), torch.zeros_like(losses), losses)
         return losses, logits, unsolved
 
+    def protocol(self) -> dict[str, Any]:
+        words = map(str, (self.options.head, *head_options(self.options).values()))
+        return super().protocol() | {"head": " ".join(words)}
+
+    def veto(self, metrics: Mapping[str, float]) -> Veto | None:
+        if metrics["unsolved"] and self.options.svm_on_failure == "error":
+            return Veto(f"a task's {self.options.head} was not solved", UNSOLVED_CURE)
+        return super().veto(metrics)
+
+    def check_scores(self, counts: Mapping[str, float]) -> None:
+        """Raise UserError, or warn where the options say so, if the head of a task that was scored was not solved."""
+        if not (count := int(counts["unsolved"])):
+            return
+        problem = f"the {self.options.head} of {count} tasks was not solved"
+        if self.options.svm_on_failure == "error":
+            raise UserError(f"{problem}. {UNSOLVED_CURE}")
+        log.warning("%s; they are scored as they are", problem)
+
     def _set_learning_rate(self, epoch: int) -> None:
         official = self.options.lr_schedule == "steps_official"
         self.set_learning_rate(metaoptnet.learning_rate(self.options.meta_learning_rate, epoch, official))
@@ -137,15 +194,19 @@ class HeadFewShotClassifier(FewShotLearner):
         return {"embedding": self.embedding.state_dict(), "head": self.head.state_dict()}
 
     def weights_in(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        if self.on_body:
+            network = without_prefix(super().weights_in(state))
+            body = {f"embedding.{name}": t for name, t in network.items() if name.startswith("classifier.")}
+            return body | {"head.scale": torch.ones(1)}
         if "embedding" not in state:
             raise UserError("it was trained by gradient steps, this model with --learner head")
-        given = {
+        found = {
             f"{part}.{name}": tensor
             for part in ("embedding", "head")
             for name, tensor in without_prefix(state.get(part, {"scale": torch.ones(1)})).items()
         }
         counters = {name: torch.zeros_like(t) for name, t in self.state_dict().items() if name.endswith(".forwards")}
-        return counters | given  # official files do not hold DropBlock's counters
+        return counters | found  # official files do not hold DropBlock's counters
 
 
 def solve(
@@ -154,24 +215,7 @@ def solve(
     """Logits (tasks, n, way) of query features (tasks, n, d), and which tasks' heads were not solved (tasks,)."""
     shot = support.labels.shape[1] // way
     logits, residuals = head.solve_and_score(
-        query, support.features, support.labels, way, shot, **options.solver_options
+        query, support.features, support.labels, way, shot, **head_options(options)
     )
     bound = math.inf if options.svm_solver == "qpth" else UNSOLVED  # qpth's float32 never comes that far
     return logits, ~((residuals <= bound) & logits.isfinite().all(dim=(1, 2)))
-
-
-def build_embedding(image_shape: tuple[int, int, int], options: Options) -> nn.Module:
-    try:
-        if options.backbone == "conv64":
-            return ProtoNetConv64(image_shape)
-        if options.backbone == "R2D2Net":
-            return R2D2Net(image_shape)
-        widths = options.resnet_width_list
-        return ResNet12Embedding(
-            image_shape,
-            (widths[0], widths[1], widths[2], widths[3]),
-            avg_pool=options.avg_pool,
-            dropblock_schedule=options.dropblock_schedule,
-        )
-    except ValueError as error:
-        raise UserError(f"{error}: use larger images") from error

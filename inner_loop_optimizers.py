@@ -1,33 +1,182 @@
-"""How a task's weights move: the rules of the inner loop, as functions of tensors with a leading task dimension.
+"""The rules of the inner loop: how a task's weights move from one step to the next.
 
-Weights and gradients are dicts name -> (tasks, ...), a context is (tasks, P). Nothing here is modified in place, so the
-outer gradient flows through whatever the caller leaves attached to the graph. The module's parameters are the rates
-that a rule learns, under the official programs' names.
+A `Rule` has a part in the loop, and rules compose: the loop calls the chosen ones in the order of `RULES`, `start` once
+and `before_step`, `update` and `update_state` in every step. Weights and gradients are dicts name -> (tasks, ...).
+Nothing is modified in place, so the outer gradient flows through whatever the loop leaves attached to the graph.
+A rule owns its networks, its learned values, its state and its options: all of it is declared in one place, here or in
+a file of the user's, and `register` makes it known to the command line, the learner and the checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from utils.options import GRADIENT, Options, add_check, add_options, opt
+
 Weights = dict[str, Tensor]
+State = dict[str, Tensor]
+SupportLoss = Callable[[Weights], Tensor]  # weights -> support loss of each task (tasks,), with batch norm at step 0
+
+
+class InnerLoop(NamedTuple):
+    """What a rule can know of the loop that it is built for."""
+
+    tensors: Mapping[str, Tensor]  # the meta-parameters that the loop moves, by name
+    head: Collection[str]  # the names of the linear classifier's
+    steps: int  # in training
+
+
+class Rule(nn.Module):
+    """One idea about the inner loop; the defaults of all methods change nothing."""
+
+    flag: ClassVar[str]  # the boolean option that chooses the rule
+    sets_rate: ClassVar[bool] = False  # `update` makes the step, in place of plain gradient descent
+    per_step: ClassVar[bool] = False  # it learns one value per training step
+    conv_bias: ClassVar[bool | None] = None  # whether its official program has biases in the convolutions
+    lr_schedule: ClassVar[str | None] = None  # the outer learning rate's schedule in its official program
+    trains_network = True  # the outer update moves the network's own parameters too
+
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__()
+
+    @classmethod
+    def chosen(cls, options: Any) -> bool:
+        """Whether the options, with the rule's own among them, ask for this rule."""
+        return bool(getattr(options, cls.flag))
+
+    @classmethod
+    def contradictions(cls, options: Any) -> Iterator[str]:
+        """Sentences that say why the rule, which is chosen, cannot work with the other options."""
+        yield from ()
+
+    @classmethod
+    def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
+        """The parameters that inner steps move, out of those that they would move without this rule."""
+        return names
+
+    def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
+        """Return the weights before the first step, and the rule's state.
+
+        The loop differentiates each step's support loss by the tensors of the state as well as by the weights.
+        """
+        return weights, {}
+
+    def before_step(self, weights: Weights, state: State, step: int) -> Weights:
+        """Return the weights that the support images of this step go through, and that the step starts from."""
+        return weights
+
+    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+        """Return the weights after a step along the gradients of the support loss."""
+        return weights
+
+    def update_state(self, state: State, gradients: State) -> State:
+        """Return the state after a step, from the gradients of the support loss by it."""
+        return state
+
+
+RULES: dict[str, type[Rule]] = {}
+
+
+def register(rule: type[Rule]) -> type[Rule]:
+    """Make a rule known under its class's name; its own options are added with `utils.options.add_options`."""
+    RULES[rule.__name__] = rule
+    add_check(lambda options: rule.contradictions(options) if rule.chosen(options) else ())
+    return rule
+
+
+def chosen_rules(options: Options) -> list[type[Rule]]:
+    """The rules that the options ask for, plain gradient descent among them where no other rule makes the step."""
+    rules = [rule for rule in RULES.values() if rule.chosen(options)]
+    return rules if any(rule.sets_rate for rule in rules) else [*rules, GradientDescent]
+
+
+def official_bias(rules: Sequence[type[Rule]]) -> bool:
+    """Whether the official programs of these rules have biases in the convolutions; any that has none decides."""
+    said = [rule.conv_bias for rule in rules]
+    return True in said and False not in said
+
+
+@add_check
+def check_together(options: Options) -> Iterator[str]:
+    """Sentences about chosen rules that exclude one another or the numbers of steps."""
+    rules = chosen_rules(options)
+    if len(setters := [f"--{rule.flag}" for rule in rules if rule.sets_rate and rule is not GradientDescent]) > 1:
+        yield f"{' and '.join(setters)} each set the inner learning rate; choose one"
+    trained, evaluated = options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter
+    per_step = [f"--{rule.flag}" for rule in rules if rule.per_step]
+    per_step += ["--per_step_bn_statistics"] if options.per_step_bn_statistics else []
+    if per_step and evaluated > trained:
+        yield (
+            f"{' and '.join(per_step)}: one value per training step ({trained}) is learned, so "
+            f"--number_of_evaluation_steps_per_iter {evaluated} has none for the extra steps; use at most as many "
+            "steps in evaluation"
+        )
 
 
 # --- contextual gradient scaling (CxGrad) --------------------------------------------------------------------------
 
 
-def context_generator(num_context_params: int, num_scaled: int) -> nn.Sequential:
-    """CxGrad's generator of gammas: context (tasks, P) -> (tasks, L) positive numbers, one per scaled tensor."""
-    return nn.Sequential(
-        nn.Linear(num_context_params, num_context_params),
-        nn.ReLU(),
-        nn.Linear(num_context_params, num_scaled),
-        nn.Softplus(),
+@add_options
+@dataclass
+class CxGradOptions:
+    contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context", only=GRADIENT)
+    num_context_params: int = opt(100, "CxGrad: length of the context vector", at_least=1, only=GRADIENT, dry_run=4)
+    context_params_learning_rate: float = opt(
+        1.0, "CxGrad: step size of the context vector", at_least=0, only=GRADIENT, test="warn"
     )
 
 
+@register
+class CxGrad(Rule):
+    """Contextual gradient scaling (Lee et al., WACV 2022, section 3): the task sets the norm of every body tensor.
+
+    The state is the task's context (tasks, P). It starts from zero with one step whose gradient is a constant of the
+    outer loop, and follows the support loss after that; a generator makes one norm, gamma, per tensor of it.
+    """
+
+    flag, conv_bias, lr_schedule = "contextual_grad", False, "per_iteration"
+
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        self.names = [name for name in loop.tensors if name not in loop.head]
+        self.size, self.learning_rate = options.num_context_params, options.context_params_learning_rate
+        hidden, out = nn.Linear(self.size, self.size), nn.Linear(self.size, len(self.names))
+        self.generator = nn.Sequential(hidden, nn.ReLU(), out, nn.Softplus())
+
+    @classmethod
+    def contradictions(cls, options: Options) -> Iterator[str]:
+        if ANIL.chosen(options):
+            yield "--contextual_grad scales the body's gradients, which --inner_loop_part head (ANIL) never takes"
+        if L2F.chosen(options):
+            yield (
+                "--contextual_grad sets the norm of every tensor of the body, which undoes what --attenuate (L2F) did "
+                "to it"
+            )
+        if ALFA.chosen(options) and options.use_bias:
+            yield (
+                "--contextual_grad gives every tensor of the body a norm, also biases, which batch norm cancels and "
+                "which hold rounding noise only; --alfa would generate its rates from that. Use --use_bias false"
+            )
+
+    def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
+        first = next(iter(weights.values()))
+        context = first.new_zeros(len(first), self.size, requires_grad=True)
+        loss = support_loss(self.before_step(weights, {"context": context}, 0))
+        (gradient,) = torch.autograd.grad(loss.sum(), [context])
+        return weights, {"context": (context - self.learning_rate * gradient).detach().requires_grad_()}
+
+    def before_step(self, weights: Weights, state: State, step: int) -> Weights:
+        return scale_by_context(weights, self.names, self.generator(state["context"]))
+
+    def update_state(self, state: State, gradients: State) -> State:
+        return {"context": state["context"] - self.learning_rate * gradients["context"]}
+
+
 def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> Weights:
-    """Contextual gradient scaling: give each named tensor the norm gamma (CxGrad, Lee et al. 2022, section 3).
+    """Give each named tensor the norm gamma: w <- gamma w / |w| (CxGrad, Lee et al. 2022, section 3).
 
     Behind batch norm the output hardly depends on a weight's norm while its gradient grows as 1/norm, so gamma sets
     the task's effective step size, lr/gamma^2, layer by layer.
@@ -48,17 +197,31 @@ def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> 
 # --- attenuation of the initialisation (L2F) -----------------------------------------------------------------------
 
 
-def attenuation_generator(num_tensors: int) -> nn.Sequential:
-    """L2F's attenuator: mean gradients (tasks, N) -> factors in (0, 1) (tasks, N), one per inner-loop tensor."""
-    return nn.Sequential(
-        nn.Linear(num_tensors, num_tensors), nn.ReLU(), nn.Linear(num_tensors, num_tensors), nn.Sigmoid()
-    )
+@add_options
+@dataclass
+class L2FOptions:
+    attenuate: bool = opt(False, "L2F: attenuate the initial weights by the task's first gradients", only=GRADIENT)
 
 
-def multiply_each(weights: Weights, factors: Tensor) -> Weights:
-    """Multiply tensor i of each task by factors[task, i] (L2F, Baik et al. 2020, equation 5)."""
-    pairs = zip(weights.items(), factors.unbind(1), strict=True)
-    return {name: over_task(factor, weight) * weight for (name, weight), factor in pairs}
+@register
+class L2F(Rule):
+    """Each initial tensor times a factor in (0, 1) made from the mean gradients (L2F, Baik et al. 2020, equation 5).
+
+    The gradients stay in the graph in first order and evaluation too, as in the official program.
+    """
+
+    flag, conv_bias = "attenuate", True
+
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        n = len(loop.tensors)
+        self.attenuator = nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n), nn.Sigmoid())
+
+    def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
+        gradients = torch.autograd.grad(support_loss(weights).sum(), list(weights.values()), create_graph=True)
+        factors = self.attenuator(means(dict(zip(weights, gradients, strict=True))))  # (tasks, N)
+        pairs = zip(weights.items(), factors.unbind(1), strict=True)
+        return {name: over_task(factor, weight) * weight for (name, weight), factor in pairs}, {}
 
 
 def means(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -71,100 +234,189 @@ def over_task(per_task: Tensor, tensor: Tensor) -> Tensor:
     return per_task.view(-1, *[1] * (tensor.dim() - 1))
 
 
-# --- update rules --------------------------------------------------------------------------------------------------
+# --- rules that make the step --------------------------------------------------------------------------------------
 
 
-class GradientDescent(nn.Module):
-    """w <- w - lr * gradient, with one fixed rate (MAML)."""
+class GradientDescent(Rule):
+    """w <- w - lr * gradient, with one fixed rate (MAML, Finn et al. 2017)."""
 
-    def __init__(self, learning_rate: float) -> None:
-        super().__init__()
-        self.learning_rate = learning_rate
+    sets_rate = True
 
-    def update(self, weights: Weights, gradients: Weights, step: int, generated: Tensor | None = None) -> Weights:
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        self.learning_rate = options.init_inner_loop_learning_rate
+
+    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
         return {name: weights[name] - self.learning_rate * gradient for name, gradient in gradients.items()}
 
 
-class LSLR(nn.Module):
+@add_options
+@dataclass
+class LSLROptions:
+    learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
+        False, "LSLR (MAML++): learn one inner rate per tensor and step", only=GRADIENT
+    )
+
+
+@register
+class LSLR(Rule):
     """Per-layer per-step learned rates (MAML++, Antoniou et al. 2019): one vector of steps + 1 rates per tensor.
 
     The last entry is never used; it is there because official checkpoints hold it.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], steps: int, learning_rate: float) -> None:
-        super().__init__()
-        self.names_learning_rates_dict = per_step(parameters, steps, learning_rate)
+    flag = "learnable_per_layer_per_step_inner_loop_learning_rate"
+    sets_rate = per_step = True
 
-    def update(self, weights: Weights, gradients: Weights, step: int, generated: Tensor | None = None) -> Weights:
-        rates = self.names_learning_rates_dict
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        self.rates = one_per_step(loop, options.init_inner_loop_learning_rate)
+
+    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+        rates = self.rates
         return {name: weights[name] - rates[key(name)][step] * gradient for name, gradient in gradients.items()}
 
 
-class MetaSGD(nn.Module):
+@add_options
+@dataclass
+class MetaSGDOptions:
+    meta_sgd: bool = opt(False, "Meta-SGD: learn one inner rate per weight", only=GRADIENT)
+
+
+@register
+class MetaSGD(Rule):
     """A learned rate per weight (Meta-SGD, Li et al. 2017)."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], learning_rate: float) -> None:
-        super().__init__()
-        self.rates = per_weight(parameters, learning_rate)
+    flag, sets_rate = "meta_sgd", True
 
-    def update(self, weights: Weights, gradients: Weights, step: int, generated: Tensor | None = None) -> Weights:
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        self.rates = one_per_weight(loop, options.init_inner_loop_learning_rate)
+
+    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
         return {name: weights[name] - self.rates[key(name)] * gradient for name, gradient in gradients.items()}
 
 
-class ALFA(nn.Module):
+@add_options
+@dataclass
+class ALFAOptions:
+    alfa: bool = opt(
+        False, "ALFA: generate inner rates and decays from the task's weights and gradients", only=GRADIENT
+    )
+    random_init: bool = opt(
+        False, "ALFA: keep the network's random initialisation, train only the rates", only=GRADIENT
+    )
+    init_inner_loop_weight_decay: float = opt(
+        0.0005, "ALFA: decay relative to the inner rate at the start", at_least=0, only=GRADIENT
+    )
+
+
+@register
+class ALFA(Rule):
     """Generated rates and decays (ALFA, Baik et al. 2020): w <- (1 - beta b_k) w - alpha a_k gradient.
 
-    alpha and beta are generated per task, tensor and step by `alfa_generator`; a_k and b_k are learned per tensor and
-    step. From a random, untrained initialisation the decay has a learned factor per weight too.
+    alpha and beta are generated per task, tensor and step from the means of the weights and of their gradients; a_k and
+    b_k are learned per tensor and step. From a random, untrained initialisation the decay has a learned factor per
+    weight too.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], steps: int, learning_rate: float, decay: float, random_init: bool
-    ) -> None:
-        super().__init__()
-        self.names_alpha_dict = per_step(parameters, steps, learning_rate)
-        self.names_beta_dict = per_step(parameters, steps, 1.0 if random_init else decay * learning_rate)
-        if random_init:
-            self.names_beta_dict_per_param = per_weight(parameters, decay * learning_rate)
-        self.random_init = random_init
+    flag, sets_rate, per_step, conv_bias = "alfa", True, True, True
 
-    def update(self, weights: Weights, gradients: Weights, step: int, generated: Tensor | None = None) -> Weights:
-        """`generated` is (tasks, 2N): the alphas of all N tensors, then their betas."""
-        if generated is None:
-            raise TypeError("ALFA needs the generator's output")
-        alphas, betas = generated.chunk(2, 1)
+    def __init__(self, loop: InnerLoop, options: Options) -> None:
+        super().__init__(loop, options)
+        rate, n = options.init_inner_loop_learning_rate, 2 * len(loop.tensors)
+        decay = options.init_inner_loop_weight_decay * rate
+        self.generator = nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
+        self.rates = one_per_step(loop, rate)
+        self.decays = one_per_step(loop, 1.0 if options.random_init else decay)
+        self.decay_factors = one_per_weight(loop, decay) if options.random_init else None
+        self.trains_network = not options.random_init
+
+    @classmethod
+    def contradictions(cls, options: Options) -> Iterator[str]:
+        if options.random_init:
+            if ANIL.chosen(options):
+                yield "--random_init leaves the body untrained and --inner_loop_part head (ANIL) never moves it"
+            if BOIL.chosen(options):
+                yield "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it"
+
+    def generate(self, weights: Weights, gradients: Weights) -> tuple[Tensor, Tensor]:
+        """Return the alphas and the betas (tasks, N); the gradients count as constants here."""
+        embedding = torch.cat([means(weights), means(gradients).detach()], 1)
+        alphas, betas = self.generator(embedding).chunk(2, 1)
+        return alphas, betas
+
+    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+        alphas, betas = self.generate(weights, gradients)
         updated = {}
         for name, alpha, beta in zip(gradients, alphas.unbind(1), betas.unbind(1), strict=True):
             weight = weights[name]
-            rate = over_task(alpha * self.names_alpha_dict[key(name)][step], weight)
-            decay = over_task(beta * self.names_beta_dict[key(name)][step], weight)
-            if self.random_init:
-                decay = decay * self.names_beta_dict_per_param[key(name)]
+            rate = over_task(alpha * self.rates[key(name)][step], weight)
+            decay = over_task(beta * self.decays[key(name)][step], weight)
+            if self.decay_factors is not None:
+                decay = decay * self.decay_factors[key(name)]
             updated[name] = (1 - decay) * weight - rate * gradients[name]
         return updated
 
 
-def alfa_generator(num_tensors: int) -> nn.Sequential:
-    """ALFA's generator: means of N weights and of their gradients (tasks, 2N) -> alphas and betas (tasks, 2N)."""
-    return nn.Sequential(
-        nn.Linear(2 * num_tensors, 2 * num_tensors), nn.ReLU(), nn.Linear(2 * num_tensors, 2 * num_tensors)
-    )
+@add_check
+def check_random_init(options: Options) -> Iterator[str]:
+    if options.random_init and not ALFA.chosen(options):
+        yield "--random_init trains ALFA's rates only, so it needs --alfa true"
 
 
-Rule = GradientDescent | LSLR | MetaSGD | ALFA
-
-
-def per_step(parameters: Mapping[str, Tensor], steps: int, value: float) -> nn.ParameterDict:
+def one_per_step(loop: InnerLoop, value: float) -> nn.ParameterDict:
     """One learned vector of steps + 1 equal values per tensor."""
-    return nn.ParameterDict({key(name): nn.Parameter(torch.full((steps + 1,), value)) for name in parameters})
+    return nn.ParameterDict({key(name): nn.Parameter(torch.full((loop.steps + 1,), value)) for name in loop.tensors})
 
 
-def per_weight(parameters: Mapping[str, Tensor], value: float) -> nn.ParameterDict:
+def one_per_weight(loop: InnerLoop, value: float) -> nn.ParameterDict:
     """One learned value per weight."""
-    full = {key(name): torch.full_like(p, value, requires_grad=False) for name, p in parameters.items()}
+    full = {key(name): torch.full_like(p, value, requires_grad=False) for name, p in loop.tensors.items()}
     return nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in full.items()})
 
 
 def key(name: str) -> str:
     """A parameter's name inside a ParameterDict, where dots are not allowed."""
     return name.replace(".", "-")
+
+
+# --- rules that move a part of the network -------------------------------------------------------------------------
+
+
+@add_options
+@dataclass
+class PartOptions:
+    inner_loop_part: str = opt(
+        "all",
+        "what inner steps move: all; head (ANIL); body (BOIL)",
+        choices=("all", "head", "body"),
+        only=GRADIENT,
+        test="warn",
+    )
+
+
+@register
+class ANIL(Rule):
+    """Inner steps move the classifier alone (ANIL, Raghu et al. 2020)."""
+
+    @classmethod
+    def chosen(cls, options: Options) -> bool:
+        return options.inner_loop_part == "head"
+
+    @classmethod
+    def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
+        return [name for name in names if name in head]
+
+
+@register
+class BOIL(Rule):
+    """Inner steps move everything but the classifier (BOIL, Oh et al. 2021)."""
+
+    @classmethod
+    def chosen(cls, options: Options) -> bool:
+        return options.inner_loop_part == "body"
+
+    @classmethod
+    def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
+        return [name for name in names if name not in head]

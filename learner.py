@@ -3,6 +3,7 @@
 A learner has two verbs: `adapt` to labelled support images, and `predict` the logits of query images.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import checkpoints, distributed
+from utils import checkpoints
+from utils.devices import prepare_device
 from utils.errors import UserError
-from utils.official_checkpoints import load_official
+from utils.official_checkpoints import load_official, to_official
 from utils.options import Options
-from utils.progress import tell
 
-UNSOLVED_CURE = "Lower --meta_learning_rate if embeddings grow without bound; or --svm_on_failure skip or use"
 # x_support, x_target (tasks, way, images, C, H, W), y_support, y_target (tasks, way, images)
 DataBatch = Sequence[Any]
 
@@ -33,13 +33,21 @@ class Tasks(NamedTuple):
     y_query: Tensor  # (tasks, way*query)
 
 
+class Veto(NamedTuple):
+    """Why training must not go on."""
+
+    problem: str
+    cure: str
+
+
 class FewShotLearner(nn.Module):
     """Base of the learners. A subclass sets `optimizer` and says how to train, adapt and predict."""
 
     optimizer: torch.optim.Optimizer
+    counts: ClassVar[Sequence[str]] = ()  # metrics beside loss and accuracy that an epoch adds up: numbers of tasks
     # A checkpoint's file name, by what the experiment calls it; other names (epoch_N) get `suffix` only.
-    file_names: ClassVar[Mapping[str, str]] = {}
-    suffix: ClassVar[str] = ""
+    file_names: Mapping[str, str] = {}
+    suffix = ""
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__()
@@ -47,7 +55,7 @@ class FewShotLearner(nn.Module):
         self.device = torch.device(device)
         self.image_shape = (im_shape[1], im_shape[2], im_shape[3])
         self.iterations_done = 0
-        self._unsolved: Tensor | None = None  # evaluation tasks whose head was not solved, on the device
+        prepare_device(self.device, tf32=self.options.precision == "tf32")
 
     @abstractmethod
     def run_train_iter(
@@ -68,8 +76,8 @@ class FewShotLearner(nn.Module):
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """Score a meta-batch without changing anything; same result as `run_train_iter`."""
         tasks = self._to_device(data_batch, self.options.evaluation_task[0])
-        passes = self._passes(tasks)
-        logits = torch.cat([self.predict(self.adapt(part.x_support, part.y_support), part.x_query) for part in passes])
+        parts = [self.predict(self.adapt(part.x_support, part.y_support), part.x_query) for part in self._passes(tasks)]
+        logits = torch.cat(parts)
         return self._report(cross_entropy(logits, tasks.y_query), logits, tasks.y_query)
 
     def _to_device(self, data_batch: DataBatch, way: int | None = None) -> Tasks:
@@ -95,20 +103,20 @@ class FewShotLearner(nn.Module):
     def _report(self, losses: Tensor, logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
         correct = (logits.argmax(2) == labels).to(losses.dtype)
         report = {"loss": losses.mean(), "accuracy": correct.mean(), "learning_rate": self.learning_rate}
-        return report | {"unsolved": losses.new_zeros(())}, list(logits)
+        return report, list(logits)
 
-    def check_solved(self) -> None:
-        """Raise UserError if the head of a task scored since the last call was not solved; waits for the device."""
-        unsolved = torch.zeros(1, device=self.device) if self._unsolved is None else self._unsolved.float().view(1)
-        self._unsolved = None
-        count = int(distributed.gather_tasks(unsolved).sum().item())
-        if count and self.options.svm_on_failure == "error":
-            raise UserError(f"the {self.options.head} of {count} tasks was not solved. {UNSOLVED_CURE}")
-        if count:
-            tell(f"warning: the {self.options.head} of {count} tasks was not solved; they are scored as they are")
+    def veto(self, metrics: Mapping[str, float]) -> Veto | None:
+        """Say why training must stop after an iteration with these metrics; None: it goes on."""
+        if math.isfinite(metrics["loss"]):
+            return None
+        return Veto(f"the loss is {metrics['loss']}", "Lower --meta_learning_rate")
 
-    def _count_unsolved(self, unsolved: Tensor) -> None:
-        self._unsolved = unsolved.sum() if self._unsolved is None else self._unsolved + unsolved.sum()
+    def check_scores(self, counts: Mapping[str, float]) -> None:
+        """Raise UserError where scored tasks must not count, from the sums of their `counts`."""
+
+    def protocol(self) -> dict[str, Any]:
+        """How the learner adapts in a test, for the results to say."""
+        return {"steps": None, "head": None}
 
     @property
     def learning_rate(self) -> float:
@@ -121,14 +129,13 @@ class FewShotLearner(nn.Module):
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
-    @classmethod
-    def file_name(cls, name: str) -> str:
+    def file_name(self, name: str) -> str:
         """The file of the checkpoint `name`: latest, best or epoch_N."""
-        return cls.file_names.get(name, f"{name}{cls.suffix}")
+        return self.file_names.get(name, f"{name}{self.suffix}")
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The parts of a checkpoint that hold weights, as the official programs name them."""
-        return {"network": self.state_dict()}
+        return {"network": to_official(self.state_dict())}
 
     def weights_in(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The weights in a checkpoint by this model's names; UserError if another kind of learner made it."""
@@ -146,8 +153,8 @@ class FewShotLearner(nn.Module):
         """Restore what `save_model` wrote to MODEL_SAVE_DIR/MODEL_NAME_MODEL_IDX; returns the whole state."""
         return self.load_checkpoint(Path(model_save_dir) / f"{model_name}_{model_idx}")
 
-    def load_checkpoint(self, path: Path, weights_only: bool = False) -> dict[str, Any]:
-        """Restore what `save_model` wrote to `path`; with `weights_only`, leave the optimiser alone.
+    def load_checkpoint(self, path: Path, with_optimizer: bool = True) -> dict[str, Any]:
+        """Restore what `save_model` wrote to `path`, and return the whole of it.
 
         Raises UserError if it is damaged, or made by another architecture; the model is then unchanged.
         """
@@ -155,7 +162,7 @@ class FewShotLearner(nn.Module):
         before = self.optimizer.state_dict()
         try:
             weights = self.weights_in(state)
-            if "optimizer" in state and not weights_only:
+            if "optimizer" in state and with_optimizer:
                 self.optimizer.load_state_dict(state["optimizer"])
             load_official(self, weights)
         except (UserError, ValueError) as error:

@@ -1,16 +1,19 @@
-"""Backbones, in two families.
+"""Networks, in two families, and the layers that they share.
 
-Learners with an inner loop: `Conv4` and `ResNet12`, functions of (parameters, images) for many tasks at once. Every
-task has weights of its own, so a parameter carries a leading task dimension and tasks ride in the channel dimension:
-images are (n, tasks*C, H, W) and a convolution has one group per task. With one task this is the plain network. The
-modules only *hold* the meta-parameters, under the official names; `forward` reads none of them.
+Learners with an inner loop: `Conv4` and `ResNet12`, modules that `torch.func.functional_call` runs with other weights
+for every task. Those carry a leading task dimension and tasks ride in the channel dimension: images are
+(n, tasks*C, H, W) and a convolution has one group per task. With one task this is the plain network.
 
 Learners with a head: `ProtoNetConv64`, `R2D2Net` and `ResNet12Embedding`, MetaOptNet's networks. All tasks share the
-weights, so these are plain modules: images (n, C, H, W) -> features (n, d), with the official state-dict names.
+weights, so these are plain modules: images (n, C, H, W) -> features (n, d), with the official state-dict names. The two
+ResNet-12s are one set of residual blocks; their layers differ, because batch norm per task and step is no module of
+torch's, and torch's own is faster where weights are shared.
+
+`register_backbone` and `register_embedding` make a network known to --backbone.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,27 +21,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Parameters = Mapping[str, Tensor]
+from utils.errors import UserError
+from utils.options import Options, add_choice
 
-LEAKY_RELU_SLOPE = 0.01
+ImageShape = tuple[int, int, int]  # (C, H, W)
+
+LEAKY_RELU_SLOPE, RESNET_SLOPE = 0.01, 0.1  # of Conv4's activations; of ResNet-12's and R2D2Net's
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 
 
-class BatchStatistics(NamedTuple):
-    """What one forward pass saw in one batch-norm layer, for the running statistics."""
+# --- layers whose weights may differ from task to task -------------------------------------------------------------
 
-    layer: str
-    step: int
-    mean: Tensor  # (tasks, channels)
-    variance: Tensor  # (tasks, channels), unbiased
+
+class Pass(NamedTuple):
+    """What batch norm has to know of one pass of images through a network."""
+
+    step: int = 0  # of the inner loop; chooses the row where batch norm has one per step
+    use_running: bool = False  # normalise by running statistics, not by those of the images at hand
+    seen: "list[BatchStatistics] | None" = None  # each layer appends what it saw, for the running statistics
+
+
+class TaskConv2d(nn.Conv2d):
+    """A convolution with Xavier-uniform weights and zero biases: (n, tasks*in, H, W) -> (n, tasks*out, h, w).
+
+    Its weight is (out, in, k, k), or (tasks, out, in, k, k) under `functional_call`.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = len(self.weight) if self.weight.dim() == 5 else 1
+        weight = self.weight.flatten(0, 1) if self.weight.dim() == 5 else self.weight
+        bias = None if self.bias is None else self.bias.flatten()
+        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=groups)
 
 
 class NormSettings(NamedTuple):
-    """How a backbone's batch norm is parametrised.
-
-    Statistics of the images at hand normalise them, unless `forward` is given running ones among its parameters.
-    """
+    """How the batch norm of a network with an inner loop is parametrised."""
 
     steps: int = 0  # rows of running statistics, one per inner step; 0: one row for all steps
     tracked: bool = False  # keep running statistics
@@ -49,33 +72,177 @@ class NormSettings(NamedTuple):
 SHARED_NORM = NormSettings()
 
 
+class TaskBatchNorm(nn.Module):
+    """Batch norm per task and channel of x (n, tasks*C, H, W), by the images at hand or by running statistics.
+
+    Scale 1 and shift 0, and running mean 0 and variance 1 if tracked, are (C,), or (steps, C) where per step; under
+    `functional_call` they have a task dimension in front.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, settings: NormSettings) -> None:
+        super().__init__()
+        rows = (settings.steps, channels) if settings.steps else (channels,)
+        shape = (channels,) if settings.shared_weights else rows
+        self.per_step = bool(settings.steps)
+        self.weights_per_step = self.per_step and not settings.shared_weights
+        self.weight = nn.Parameter(torch.ones(shape), requires_grad=settings.learnable[0])
+        self.bias = nn.Parameter(torch.zeros(shape), requires_grad=settings.learnable[1])
+        if settings.tracked:
+            self.register_buffer("running_mean", torch.zeros(rows))
+            self.register_buffer("running_var", torch.ones(rows))
+
+    def forward(self, x: Tensor, at: Pass) -> Tensor:
+        weight, bias = (
+            (tensor[..., at.step, :] if self.weights_per_step else tensor).flatten()
+            for tensor in (self.weight, self.bias)
+        )
+        if at.use_running:
+            mean, variance = (self.row(kind, at.step).flatten() for kind in ("running_mean", "running_var"))
+            return F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
+        if at.seen is None:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=BATCH_NORM_EPS)
+        mean, variance = (
+            torch.zeros_like(weight),
+            torch.zeros_like(weight),
+        )  # momentum 1 fills them with the batch's own
+        out = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=BATCH_NORM_EPS)
+        channels = self.weight.shape[-1]
+        at.seen.append(BatchStatistics(self, at.step, mean.view(-1, channels), variance.view(-1, channels)))
+        return out
+
+    def row(self, kind: str, step: int) -> Tensor:
+        """Running statistics at a step."""
+        statistics: Tensor = getattr(self, kind)
+        return statistics[..., step, :] if self.per_step else statistics
+
+
+class BatchStatistics(NamedTuple):
+    """What one pass saw in one batch-norm layer."""
+
+    layer: TaskBatchNorm
+    step: int
+    mean: Tensor  # (tasks, channels)
+    variance: Tensor  # (tasks, channels), unbiased
+
+
+@torch.no_grad()
+def update_running_statistics(seen: Sequence[BatchStatistics]) -> None:
+    """Exponential moving average (momentum 0.1) over the passes in `seen`, task after task, pass after pass."""
+    rows: dict[tuple[TaskBatchNorm, int], list[BatchStatistics]] = {}
+    for statistics in seen:
+        rows.setdefault((statistics.layer, statistics.step if statistics.layer.per_step else 0), []).append(statistics)
+    for (layer, step), passes in rows.items():
+        for kind, values in (("running_mean", [s.mean for s in passes]), ("running_var", [s.variance for s in passes])):
+            sequence = torch.stack(values, 1).flatten(0, 1)  # (tasks * passes, channels)
+            ages = torch.arange(len(sequence) - 1, -1, -1, dtype=sequence.dtype, device=sequence.device)
+            kept = (1 - BATCH_NORM_MOMENTUM) ** len(sequence)
+            seen_mean = (BATCH_NORM_MOMENTUM * (1 - BATCH_NORM_MOMENTUM) ** ages) @ sequence
+            layer.row(kind, step).mul_(kept).add_(seen_mean)
+
+
+class LinearClassifier(nn.Module):
+    """Features (tasks, n, d) -> logits (tasks, n, way); weights (way, d), Xavier-uniform, and zero bias (way,)."""
+
+    def __init__(self, features: int, way: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(nn.init.xavier_uniform_(torch.empty(way, features)))
+        self.bias = nn.Parameter(torch.zeros(way))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.weights.dim() == 2:
+            return F.linear(features, self.weights, self.bias)
+        return torch.baddbmm(self.bias.unsqueeze(1), features, self.weights.transpose(1, 2))
+
+
+# --- networks with an inner loop -----------------------------------------------------------------------------------
+
+
 class Backbone(nn.Module):
-    """Holds the meta-parameters of an embedding and a linear classifier under ``layer_dict``."""
+    """A body and a linear classifier; a subclass makes the layers in ``layer_dict`` and says how images pass them."""
 
-    layer_dict: nn.ModuleDict
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_dict = nn.ModuleDict()
 
-    def forward(
-        self, parameters: Parameters, images: Tensor, step: int, statistics: list[BatchStatistics] | None = None
-    ) -> Tensor:
-        """Logits (tasks, n, way) of images (tasks, n, C, H, W) under parameters of shape (tasks, ...).
+    @property
+    def head_names(self) -> set[str]:
+        """Names of the classifier's parameters."""
+        return {f"layer_dict.linear.{name}" for name, _ in self.layer_dict["linear"].named_parameters()}
 
-        `step` chooses the row of per-step batch norm; what each layer's batch norm saw is appended to `statistics`.
-        """
-        features = self.features(parameters, images, step, statistics)
-        weight, bias = parameters["layer_dict.linear.weights"], parameters["layer_dict.linear.bias"]
-        return torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
+    @property
+    def norm_names(self) -> set[str]:
+        """Names of the scales and shifts of batch norm."""
+        norms = [(name, module) for name, module in self.named_modules() if isinstance(module, TaskBatchNorm)]
+        return {f"{name}.{kind}" for name, _ in norms for kind in ("weight", "bias")}
 
-    def features(
-        self, parameters: Parameters, images: Tensor, step: int, statistics: list[BatchStatistics] | None = None
-    ) -> Tensor:
-        """What the linear classifier sees of images (tasks, n, C, H, W): (tasks, n, features)."""
+    def forward(self, images: Tensor, at: Pass) -> Tensor:
+        """Logits (tasks, n, way) of images (tasks, n, C, H, W)."""
+        logits: Tensor = self.layer_dict["linear"](self.features(images, at))
+        return logits
+
+    def features(self, images: Tensor, at: Pass) -> Tensor:
+        """What the classifier sees of images (tasks, n, C, H, W): (tasks, n, d)."""
         tasks, n = images.shape[:2]
-        x = self.embed(parameters, images.transpose(0, 1).flatten(1, 2), step, statistics)
+        x = self.embed(images.transpose(0, 1).flatten(1, 2), at)
         return x.reshape(n, tasks, -1).transpose(0, 1)
 
-    def embed(self, parameters: Parameters, x: Tensor, step: int, statistics: list[BatchStatistics] | None) -> Tensor:
+    def embed(self, x: Tensor, at: Pass) -> Tensor:
         """Images (n, tasks*C, H, W) -> maps (n, tasks*channels, h, w)."""
         raise NotImplementedError
+
+
+BACKBONES: dict[str, Callable[[ImageShape, Options, NormSettings, bool], Backbone]] = {}
+EMBEDDINGS: dict[str, Callable[[ImageShape, Options], nn.Module]] = {}
+
+
+def register_backbone(name: str) -> Callable[[Any], Any]:
+    """Make a function (image shape, options, batch norm, whether convolutions have biases) -> Backbone a --backbone."""
+
+    def add(build: Callable[[ImageShape, Options, NormSettings, bool], Backbone]) -> Any:
+        BACKBONES[name] = build
+        add_choice("backbone", name, only={"learner": "gradient"})
+        return build
+
+    return add
+
+
+def register_embedding(name: str, *aliases: str) -> Callable[[Any], Any]:
+    """Make a function (image shape, options) -> module of (n, C, H, W) -> (n, d) a --backbone of head learners."""
+
+    def add(build: Callable[[ImageShape, Options], nn.Module]) -> Any:
+        EMBEDDINGS[name] = build
+        add_choice("backbone", name, aliases=aliases, only={"learner": "head"})
+        return build
+
+    return add
+
+
+def build_backbone(image_shape: ImageShape, options: Options, official_bias: bool) -> Backbone:
+    """The network with an inner loop that the options name; its convolutions have biases as --use_bias or official."""
+    norm = NormSettings(
+        steps=options.number_of_training_steps_per_iter if options.per_step_bn_statistics else 0,
+        tracked=options.tracks_statistics,
+        shared_weights=options.enable_inner_loop_optimizable_bn_params,
+        learnable=(options.learnable_bn_gamma, options.learnable_bn_beta),
+    )
+    bias = official_bias if options.use_bias is None else options.use_bias
+    return BACKBONES[options.backbone](image_shape, options, norm, bias)
+
+
+def build_embedding(image_shape: ImageShape, options: Options) -> nn.Module:
+    """The embedding of a head learner that the options name."""
+    return EMBEDDINGS[options.backbone](image_shape, options)
+
+
+def seen_by_tasks(network: nn.Module, tasks: int, buffers: bool) -> dict[str, Tensor]:
+    """The network's parameters, and its buffers if wanted, (tasks, ...): every task sees the same, without a copy."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters())
+    if buffers:
+        tensors |= dict(network.named_buffers())
+    return {name: tensor.expand(tasks, *tensor.shape) for name, tensor in tensors.items()}
 
 
 class Conv4(Backbone):
@@ -86,11 +253,14 @@ class Conv4(Backbone):
     Args:
         image_shape: (C, H, W) of one image.
         way: outputs of the classifier.
+
+    Raises:
+        UserError: the images are too small.
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: ImageShape,
         way: int,
         *,
         filters: int = 48,
@@ -102,164 +272,113 @@ class Conv4(Backbone):
     ) -> None:
         super().__init__()
         self.stages, self.padding, self.max_pooling = stages, int(padding), max_pooling
-        self.layer_dict = nn.ModuleDict()
         channels, height, width = image_shape
+        stride = 1 if max_pooling else 2
         for stage in range(stages):
-            self.layer_dict[f"conv{stage}"] = ConvBlock(channels, filters, 3, bias, norm)
+            conv = TaskConv2d(channels, filters, 3, stride, self.padding, bias=bias)
+            self.layer_dict[f"conv{stage}"] = nn.ModuleDict({"conv": conv, "norm_layer": TaskBatchNorm(filters, norm)})
             channels, height, width = filters, self._reduced(height), self._reduced(width)
             if min(height, width) < 1:
-                raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for {stages} stages")
-        features = filters * height * width if max_pooling else filters
-        self.layer_dict["linear"] = LinearParameters(features, way)
+                shape = f"{image_shape[1]}x{image_shape[2]}"
+                raise UserError(
+                    f"images of {shape} are too small for {stages} stages: use larger images or fewer stages"
+                )
+        self.layer_dict["linear"] = LinearClassifier(filters * height * width if max_pooling else filters, way)
 
     def _reduced(self, size: int) -> int:
         size += 2 * self.padding - 2
         return size // 2 if self.max_pooling else (size + 1) // 2
 
-    def embed(self, parameters: Parameters, x: Tensor, step: int, statistics: list[BatchStatistics] | None) -> Tensor:
+    def embed(self, x: Tensor, at: Pass) -> Tensor:
         for stage in range(self.stages):
-            stride = 1 if self.max_pooling else 2
-            x = conv_norm(f"layer_dict.conv{stage}", parameters, x, step, statistics, stride, self.padding)
+            block: Any = self.layer_dict[f"conv{stage}"]
+            x = block["norm_layer"](block["conv"](x), at)
+            x = F.max_pool2d(x, 2) if self.max_pooling else x  # commutes with the increasing activation
             x = F.leaky_relu(x, LEAKY_RELU_SLOPE)
-            x = F.max_pool2d(x, 2) if self.max_pooling else x
         return x if self.max_pooling else x.mean((2, 3), keepdim=True)
 
 
-class ResNet12(Backbone):
-    """Four residual blocks of three 3x3 convs, each block halving the map, then a global average and the classifier.
+@register_backbone("4-CONV")
+def build_conv4(image_shape: ImageShape, options: Options, norm: NormSettings, bias: bool) -> Conv4:
+    return Conv4(
+        image_shape,
+        options.num_classes_per_set,
+        filters=options.cnn_num_filters,
+        stages=options.num_stages,
+        padding=options.conv_padding,
+        max_pooling=options.max_pooling,
+        bias=bias,
+        norm=norm,
+    )
 
-    A block is [conv, norm, leaky ReLU] twice, [conv, norm], plus a 1x1 conv and norm of its input; then leaky ReLU and
-    2x2 max-pool. Slope 0.1. ALFA and L2F report results with widths 64-128-256-512.
+
+class ResNet12(Backbone):
+    """Residual blocks, each halving the map, then a global average and the classifier.
+
+    ALFA and L2F report results with widths 64-128-256-512.
     """
 
-    SLOPE = 0.1
-
     def __init__(
-        self, image_shape: tuple[int, int, int], way: int, widths: Sequence[int], norm: NormSettings = SHARED_NORM
+        self, image_shape: ImageShape, way: int, widths: Sequence[int], norm: NormSettings = SHARED_NORM
     ) -> None:
         super().__init__()
-        self.blocks = len(widths)
-        self.layer_dict = nn.ModuleDict()
-        channels, *size = image_shape
-        if min(size) < 2**self.blocks:
-            raise ValueError(f"images of {size[0]}x{size[1]} are too small for {self.blocks} residual blocks")
-        for block, width in enumerate(widths):
-            for conv in range(3):
-                name = f"block{block}_conv{conv}"
-                self.layer_dict[name] = ConvBlock(width if conv else channels, width, 3, False, norm)
-            self.layer_dict[f"block{block}_shortcut"] = ConvBlock(channels, width, 1, False, norm)
-            channels = width
-        self.layer_dict["linear"] = LinearParameters(channels, way)
+        pooled_size(image_shape, len(widths))
+        for number, (channels_in, channels_out) in enumerate(pairwise((image_shape[0], *widths)), 1):
+            norms = [TaskBatchNorm(channels_out, norm) for _ in range(4)]
+            self.layer_dict[f"layer{number}"] = ResidualBlock(channels_in, channels_out, TaskConv2d, norms)
+        self.layer_dict["linear"] = LinearClassifier(widths[-1], way)
 
-    def embed(self, parameters: Parameters, x: Tensor, step: int, statistics: list[BatchStatistics] | None) -> Tensor:
-        for block in range(self.blocks):
-            name = f"layer_dict.block{block}"
-            shortcut = conv_norm(f"{name}_shortcut", parameters, x, step, statistics, 1, 0)
-            for conv in range(3):
-                x = conv_norm(f"{name}_conv{conv}", parameters, x, step, statistics, 1, 1)
-                x = F.leaky_relu(x, self.SLOPE) if conv < 2 else x + shortcut
-            x = F.max_pool2d(F.leaky_relu(x, self.SLOPE), 2)
+    def embed(self, x: Tensor, at: Pass) -> Tensor:
+        for name, block in self.layer_dict.items():
+            x = block(x, at) if name != "linear" else x
         return x.mean((2, 3), keepdim=True)
 
 
-# --- layers --------------------------------------------------------------------------------------------------------
+@register_backbone("ResNet-12")
+def build_resnet12(image_shape: ImageShape, options: Options, norm: NormSettings, bias: bool) -> ResNet12:
+    return ResNet12(image_shape, options.num_classes_per_set, options.resnet_width_list, norm)
 
 
-def conv_norm(
-    name: str,
-    parameters: Parameters,
-    x: Tensor,
-    step: int,
-    statistics: list[BatchStatistics] | None,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    """Convolution and batch norm of one ConvBlock: (n, tasks*C, H, W) -> (n, tasks*out, h, w)."""
-    weight = parameters[f"{name}.conv.weight"]  # (tasks, out, in, k, k)
-    bias = parameters.get(f"{name}.conv.bias")
-    bias = None if bias is None else bias.flatten()
-    x = F.conv2d(x, weight.flatten(0, 1), bias, stride, padding, groups=len(weight))
-    return batch_norm(f"{name}.norm_layer", parameters, x, step, statistics)
+class ResidualBlock(nn.Module):
+    """[3x3 conv, norm, leaky ReLU] twice, [conv, norm], plus a 1x1 conv and norm; leaky ReLU, 2x2 max-pool.
 
-
-def batch_norm(
-    name: str, parameters: Parameters, x: Tensor, step: int, statistics: list[BatchStatistics] | None
-) -> Tensor:
-    """Normalise x (n, tasks*C, H, W) per task and channel.
-
-    By running statistics if `parameters` hold them, else by x's own mean and biased variance.
+    Args:
+        conv: kind of the convolutions.
+        norms: the four normalisations, the shortcut's last.
+        drop: what follows.
     """
-    tasks = len(parameters[f"{name}.weight"])
 
-    def row(kind: str) -> Tensor:
-        parameter = parameters[f"{name}.{kind}"]  # (tasks, C) or (tasks, steps, C)
-        return (parameter[:, step] if parameter.dim() == 3 else parameter).flatten()
-
-    weight, bias = row("weight"), row("bias")
-    if f"{name}.running_mean" in parameters:
-        return F.batch_norm(x, row("running_mean"), row("running_var"), weight, bias, eps=BATCH_NORM_EPS)
-    if statistics is None:
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=BATCH_NORM_EPS)
-    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)  # momentum 1 fills them with the batch's own
-    out = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=BATCH_NORM_EPS)
-    statistics.append(BatchStatistics(name, step, mean.view(tasks, -1), variance.view(tasks, -1)))
-    return out
-
-
-class ConvBlock(nn.ModuleDict):
-    """Parameters of a convolution ("conv") and its batch norm ("norm_layer")."""
-
-    def __init__(self, channels_in: int, channels_out: int, size: int, bias: bool, norm: NormSettings) -> None:
-        conv, norm_layer = ConvParameters(channels_in, channels_out, size, bias), NormParameters(channels_out, norm)
-        super().__init__({"conv": conv, "norm_layer": norm_layer})
-
-
-class ConvParameters(nn.Module):
-    """A convolution's weight (out, in, size, size), Xavier-uniform, and optional zero bias (out,)."""
-
-    def __init__(self, channels_in: int, channels_out: int, size: int, bias: bool) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        conv: type[nn.Conv2d],
+        norms: Sequence[nn.Module],
+        drop: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(channels_out, channels_in, size, size)))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(channels_out))
+        self.conv1 = conv(channels_in, channels_out, 3, padding=1, bias=False)
+        self.bn1 = norms[0]
+        self.conv2 = conv(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = norms[1]
+        self.conv3 = conv(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn3 = norms[2]
+        self.downsample = nn.Sequential(conv(channels_in, channels_out, 1, bias=False), norms[3])
+        self.drop = drop or nn.Identity()
 
-
-class LinearParameters(nn.Module):
-    """The classifier's weights (way, features), Xavier-uniform, and zero bias (way,)."""
-
-    def __init__(self, features: int, way: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(nn.init.xavier_uniform_(torch.empty(way, features)))
-        self.bias = nn.Parameter(torch.zeros(way))
-
-
-class NormParameters(nn.Module):
-    """Scale 1 and shift 0, and running mean 0 and variance 1 if tracked; (C,), or (steps, C) where per step."""
-
-    def __init__(self, channels: int, settings: NormSettings) -> None:
-        super().__init__()
-        rows = (settings.steps, channels) if settings.steps else (channels,)
-        shape = (channels,) if settings.shared_weights else rows
-        self.weight = nn.Parameter(torch.ones(shape), requires_grad=settings.learnable[0])
-        self.bias = nn.Parameter(torch.zeros(shape), requires_grad=settings.learnable[1])
-        if settings.tracked:
-            self.register_buffer("running_mean", torch.zeros(rows))
-            self.register_buffer("running_var", torch.ones(rows))
-
-
-@torch.no_grad()
-def update_running_statistics(network: nn.Module, seen: list[BatchStatistics]) -> None:
-    """Exponential moving average (momentum 0.1) over the forward passes in `seen`, task after task, pass after pass."""
-    for task in range(len(seen[0].mean) if seen else 0):
-        for layer, step, mean, variance in seen:
-            for kind, value in (("running_mean", mean[task]), ("running_var", variance[task])):
-                buffer = network.get_buffer(f"{layer}.{kind}")
-                (buffer[step] if buffer.dim() == 2 else buffer).lerp_(value, BATCH_NORM_MOMENTUM)
+    def forward(self, x: Tensor, *at: Pass) -> Tensor:
+        """`at` goes to the normalisations: a `Pass` for those of an inner loop, nothing for torch's own."""
+        out = F.leaky_relu(self.bn1(self.conv1(x), *at), RESNET_SLOPE, inplace=True)
+        out = F.leaky_relu(self.bn2(self.conv2(out), *at), RESNET_SLOPE, inplace=True)
+        out = self.bn3(self.conv3(out), *at)
+        shortcut, norm = self.downsample
+        out += norm(shortcut(x), *at)
+        # The activation is increasing, so it may follow the pooling: same values on a quarter of the elements.
+        return self.drop(F.leaky_relu(F.max_pool2d(out, 2), RESNET_SLOPE, inplace=True))
 
 
 # --- embeddings for a head -----------------------------------------------------------------------------------------
 
-EMBEDDING_SLOPE = 0.1  # of the leaky ReLUs
 FINAL_DROP = 0.1  # what dropout and, at the end of its schedule, DropBlock blank of ResNet-12's maps
 DROPBLOCK_RAMP = 40_000  # forward passes to DropBlock's full strength: 20 epochs x 1000 batches x (support, query)
 
@@ -274,7 +393,7 @@ class ProtoNetConv64(nn.Module):
         widths: channels of the four blocks.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], widths: Sequence[int] = (64, 64, 64, 64)) -> None:
+    def __init__(self, image_shape: ImageShape, widths: Sequence[int] = (64, 64, 64, 64)) -> None:
         super().__init__()
         height, width = pooled_size(image_shape, len(widths))
         self.out_features = widths[-1] * height * width
@@ -290,6 +409,11 @@ class ProtoNetConv64(nn.Module):
         return self.encoder(images).flatten(1)
 
 
+@register_embedding("conv64", "ProtoNet")
+def build_conv64(image_shape: ImageShape, options: Options) -> ProtoNetConv64:
+    return ProtoNetConv64(image_shape)
+
+
 class R2D2Net(nn.Module):
     """Four blocks of [3x3 conv, batch norm, 2x2 max-pool, leaky ReLU]; the features are the maps of the last two.
 
@@ -301,7 +425,7 @@ class R2D2Net(nn.Module):
         widths: channels of the four blocks.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], widths: Sequence[int] = (96, 192, 384, 512)) -> None:
+    def __init__(self, image_shape: ImageShape, widths: Sequence[int] = (96, 192, 384, 512)) -> None:
         super().__init__()
         sizes = [pooled_size(image_shape, 4), pooled_size(image_shape, 3)]
         self.out_features = sum(c * h * w for c, (h, w) in zip((widths[3], widths[2]), sizes, strict=True))
@@ -312,7 +436,7 @@ class R2D2Net(nn.Module):
 
     @staticmethod
     def _activation() -> nn.Module:
-        return nn.LeakyReLU(EMBEDDING_SLOPE, inplace=True)
+        return nn.LeakyReLU(RESNET_SLOPE, inplace=True)
 
     @staticmethod
     def _block(channels_in: int, channels_out: int, *ending: nn.Module) -> nn.Sequential:
@@ -322,6 +446,11 @@ class R2D2Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         third = self.block3(self.block2(self.block1(images)))
         return torch.cat((third.flatten(1), self.block4(third).flatten(1)), 1)
+
+
+@register_embedding("R2D2Net", "R2D2")
+def build_r2d2_net(image_shape: ImageShape, options: Options) -> R2D2Net:
+    return R2D2Net(image_shape)
 
 
 class ResNet12Embedding(nn.Module):
@@ -341,7 +470,7 @@ class ResNet12Embedding(nn.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: ImageShape,
         widths: Sequence[int] = (64, 160, 320, 640),
         *,
         avg_pool: bool = False,
@@ -356,10 +485,12 @@ class ResNet12Embedding(nn.Module):
         block_size = (5 if side >= 5 else min(2, side)) if dropblock_size is None else dropblock_size
         if not 1 <= block_size <= side:
             shape = f"{image_shape[1]}x{image_shape[2]}"
-            raise ValueError(f"dropblock_size {block_size}: images of {shape} leave a map that allows 1 to {side}")
+            raise UserError(f"dropblock_size {block_size}: images of {shape} leave a map that allows 1 to {side}")
         for number, (channels_in, channels_out) in enumerate(pairwise((image_shape[0], *widths)), 1):
             drop = nn.Dropout(FINAL_DROP) if number < 3 else DropBlock(block_size, dropblock_schedule)
-            self.add_module(f"layer{number}", nn.Sequential(ResidualBlock(channels_in, channels_out, drop)))
+            norms = [nn.BatchNorm2d(channels_out) for _ in range(4)]
+            block = ResidualBlock(channels_in, channels_out, nn.Conv2d, norms, drop)
+            self.add_module(f"layer{number}", nn.Sequential(block))
         initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -369,28 +500,14 @@ class ResNet12Embedding(nn.Module):
         return x.mean((2, 3)) if self.avg_pool else x.flatten(1)
 
 
-class ResidualBlock(nn.Module):
-    """[3x3 conv, norm, leaky ReLU] twice, [conv, norm], plus a 1x1 conv and norm; leaky ReLU, 2x2 max-pool, `drop`."""
-
-    def __init__(self, channels_in: int, channels_out: int, drop: nn.Module) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels_out)
-        self.conv3 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels_out)
-        shortcut = nn.Conv2d(channels_in, channels_out, 1, bias=False)
-        self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels_out))
-        self.drop = drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.leaky_relu(self.bn1(self.conv1(x)), EMBEDDING_SLOPE, inplace=True)
-        out = F.leaky_relu(self.bn2(self.conv2(out)), EMBEDDING_SLOPE, inplace=True)
-        out = self.bn3(self.conv3(out))
-        out += self.downsample(x)
-        # The activation is increasing, so it may follow the pooling: same values on a quarter of the elements.
-        return self.drop(F.leaky_relu(F.max_pool2d(out, 2), EMBEDDING_SLOPE, inplace=True))
+@register_embedding("ResNet-12", "ResNet")
+def build_resnet12_embedding(image_shape: ImageShape, options: Options) -> ResNet12Embedding:
+    return ResNet12Embedding(
+        image_shape,
+        options.resnet_width_list,
+        avg_pool=options.avg_pool,
+        dropblock_schedule=options.dropblock_schedule,
+    )
 
 
 class DropBlock(nn.Module):
@@ -411,7 +528,7 @@ class DropBlock(nn.Module):
     def __init__(self, block_size: int, schedule: str = "training") -> None:
         super().__init__()
         if schedule not in DROPBLOCK_SCHEDULES:
-            raise ValueError(f"DropBlock schedule {schedule!r}: choose from {', '.join(DROPBLOCK_SCHEDULES)}")
+            raise UserError(f"DropBlock schedule {schedule!r}: choose from {', '.join(DROPBLOCK_SCHEDULES)}")
         self.block_size, self.counts_evaluation = block_size, schedule == "official"
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))  # on the device: reading it needs no sync
         self.register_load_state_dict_pre_hook(missing_counter_is_zero)
@@ -450,15 +567,11 @@ def blank_squares(x: Tensor, hits: Tensor, block_size: int) -> Tensor:
     return x * (keep * (keep.numel() / kept))
 
 
-def pooled_size(image_shape: tuple[int, int, int], poolings: int) -> tuple[int, int]:
-    """Height and width after so many 2x2 poolings.
-
-    Raises:
-        ValueError: nothing is left.
-    """
+def pooled_size(image_shape: ImageShape, poolings: int) -> tuple[int, int]:
+    """Height and width after so many 2x2 poolings; UserError where nothing is left."""
     _, height, width = image_shape
     if min(height, width) < 2**poolings:
-        raise ValueError(f"images of {height}x{width} are too small for {poolings} poolings")
+        raise UserError(f"images of {height}x{width} are too small for {poolings} poolings: use larger images")
     return height >> poolings, width >> poolings
 
 

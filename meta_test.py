@@ -34,14 +34,16 @@ def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, ti
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
     first, size = distributed.rank() * share, options.evaluation_batch_size
     logits, labels = [], []
+    counts = dict.fromkeys(model.counts, torch.zeros((), device=model.device))
     with progress_bar(share, 0, title) as bar:
         for start in range(first, first + share, size):
             batch = episodes.batch(start, min(size, first + share - start))
-            _, predictions = model.run_validation_iter(batch)
+            metrics, predictions = model.run_validation_iter(batch)
+            counts = {name: count + metrics[name] for name, count in counts.items()}
             logits.append(torch.stack(predictions))
             labels.append(batch.y_target.flatten(1))
             bar.update(len(predictions))
-    model.check_solved()
+    model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in counts.items()})
     gathered = [distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels)]
     return gathered[0], gathered[1]
 
@@ -85,10 +87,10 @@ def _test_one(
     check_disjoint(episodes, options.num_evaluation_tasks)
     logits, answers = [], torch.empty(0)
     for path in checkpoints:
-        model.load_checkpoint(path, weights_only=True)
+        model.load_checkpoint(path, with_optimizer=False)
         one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
         logits.append(one)
-    protocol = test_protocol(options, split.name)
+    protocol = test_protocol(options, split.name) | model.protocol()
     names = [path.name for path in checkpoints]
     scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
     results: list[Result] = [
@@ -125,8 +127,6 @@ def test_protocol(options: Options, dataset: str) -> Result:
         "way": way,
         "shot": shot,
         "query": query,
-        "steps": None if options.head else options.number_of_evaluation_steps_per_iter,
-        "head": options.head and " ".join(map(str, (options.head, *options.solver_options.values()))),
         "batch_norm": options.batch_norm,
         "normalization": options.normalization,
         "seed": options.val_seed,

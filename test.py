@@ -1,6 +1,6 @@
 """Score checkpoints, ours or the official programs', on any data set, shot, query, steps and number of episodes.
 
-python test.py --load experiments/CIFAR_FS_5way5shot/CxGrad_4conv/saved_models/best --dataset CUB --shot 5
+python test.py --load experiments/CIFAR_FS_5way_5shot/CxGrad_4conv/saved_models/best --dataset CUB --shot 5
 python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000      the first, and their ensemble
 python test.py --load train_model_42 --config mini_imagenet-CxGrad.json               an official checkpoint
 python test.py --load best_model.pth --head SVM --network ResNet --dataset miniImageNet --shot 1       MetaOptNet's
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = test_options(trained, given)
     if given.gpu and "," in given.gpu:
         tell(f"warning: testing takes one GPU, the first of {given.gpu}")
-    device = choose_device(given.gpu and given.gpu.split(",")[0], tf32=options.precision == "tf32")
+    device = choose_device(given.gpu and given.gpu.split(",")[0])
     if options.test_dataset_list == ["unknown"]:
         raise UserError("the checkpoint does not say what it was trained on; name the data set with --dataset")
     for name in options.test_dataset_list:

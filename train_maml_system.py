@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     if options.gpu and "," in options.gpu and "WORLD_SIZE" not in os.environ:
         distributed.become_launcher(len(gpu_ids(options.gpu)))
-    device = choose_device(options.gpu, tf32=options.precision == "tf32")
+    device = choose_device(options.gpu)
     with distributed.processes(device):
         if options.dry_run:
             dry_run(run, options, device)

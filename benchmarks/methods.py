@@ -3,7 +3,7 @@
 python benchmarks/methods.py                                    glyphs 5-way 1-shot, 300 iterations, seeds 0 1 2
 python benchmarks/methods.py --iterations 600 --gpu 0 --jobs 1
 
-A method is what its script in experiment_scripts/glyphs_5way_1shot/ says; only epochs, seeds and folders are set here.
+A method is what experiment_scripts/any.sh makes of it; only epochs, seeds and folders are set here.
 A seed decides the initial weights and the training tasks; validation and test tasks are the same for all.
 """
 
@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.iteration import machine  # noqa: E402
 
 EPOCHS = 3
+METHODS = ["ALFA", "ALFA_L2F", "ALFA_random_init", "ANIL", "BOIL", "CxGrad", "L2F", "MAMLpp", "MetaSGD", "maml"]
 
 
-def train_and_test(script: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def train_and_test(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of the best epoch and of the ensemble, and seconds, of one run."""
     folder = options.experiments_dir / f"seed_{seed}"
     arguments = {
@@ -39,12 +40,13 @@ def train_and_test(script: Path, seed: int, options: argparse.Namespace) -> dict
     }
     extra = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     start = time.perf_counter()
-    done = subprocess.run(["bash", str(script), options.gpu, *extra], capture_output=True, text=True, env=environment())
+    command = ["bash", str(ROOT / "experiment_scripts" / "any.sh"), method, "glyphs", "1", options.gpu, *extra]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
-        raise SystemExit(f"{script} failed:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{method} failed:\n{done.stdout}{done.stderr}")
     seconds = time.perf_counter() - start
     single, ensemble = json.loads(
-        (folder / script.parent.name.replace("5way_", "5way") / script.stem / "logs" / "test_summary.json").read_text()
+        (folder / "glyphs_5way_1shot" / f"{method}_4conv" / "logs" / "test_summary.json").read_text()
     )[:2]
     return {"accuracy": single["accuracy"], "ensemble": ensemble["accuracy"], "seconds": round(seconds, 1)}
 
@@ -63,8 +65,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side [%(default)s]")
     parser.add_argument("--experiments_dir", type=Path, default=ROOT / "experiments" / "methods")
     options = parser.parse_args()
-    scripts = sorted((ROOT / "experiment_scripts" / "glyphs_5way_1shot").glob("*_4conv.sh"))
-    jobs = [(script, seed) for script in scripts for seed in options.seeds]
+    jobs = [(method, seed) for method in METHODS for seed in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = list(pool.map(lambda job: train_and_test(job[0], job[1], options), jobs))
 
@@ -73,9 +74,9 @@ def main() -> None:
     print(f"glyphs 5-way 1-shot, {options.iterations} iterations, {options.tasks} test tasks, seeds {options.seeds}")
     print("method               single best, %         ensemble, %   seconds")
     rows = []
-    for script in scripts:
-        of_method = [run for (job, _), run in zip(jobs, runs, strict=True) if job == script]
-        row: dict[str, Any] = {"method": script.stem, "runs": of_method}
+    for method in METHODS:
+        of_method = [run for (job, _), run in zip(jobs, runs, strict=True) if job == method]
+        row: dict[str, Any] = {"method": method, "runs": of_method}
         cells = []
         for kind in ("accuracy", "ensemble"):
             values = [100 * run[kind] for run in of_method]
@@ -83,7 +84,7 @@ def main() -> None:
             cells.append(f"{row[kind]['mean']:6.2f} ± {row[kind]['std']:5.2f}")
         rows.append(row)
         seconds = statistics.mean(run["seconds"] for run in of_method)
-        print(f"{script.stem:20} {cells[0]:>15} {cells[1]:>20} {seconds:9.0f}")
+        print(f"{method:20} {cells[0]:>15} {cells[1]:>20} {seconds:9.0f}")
     settings = {"iterations": options.iterations, "tasks": options.tasks, "seeds": options.seeds, "jobs": options.jobs}
     file = ROOT / "benchmarks" / "results" / f"methods_glyphs_{options.gpu}.json"
     file.parent.mkdir(exist_ok=True)

@@ -17,4 +17,4 @@ script=experiment_scripts/glyphs_5way_1shot/CxGrad_4conv.sh
 "$python" preprocess/preprocess.py --datasets glyphs digits glyphs_colour ${DATASET_DIR:+--dataset_dir "$DATASET_DIR"}
 bash "$script" "$@"
 TEST=1 TEST_DATASET=digits,glyphs_colour bash "$script" "$@"
-"$python" utils/report.py experiments/glyphs_5way1shot/CxGrad_4conv
+"$python" utils/report.py experiments/glyphs_5way_1shot/CxGrad_4conv

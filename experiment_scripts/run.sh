@@ -1,13 +1,16 @@
 # What all experiment scripts share; they source it, fill the array `row` with their options, and call run_row "$@".
+# any.sh sources it before the script whose row it takes, which must not source it again.
 # Everything that the environment can say is read here and nowhere else:
 #   TEST=1           meta-test the row's checkpoints instead of training
 #   TEST_DATASET     data set, or several joined by commas, to meta-test on (default: the row's own)
 #   TEST_BATCH_SIZE  tasks in a test meta-batch
 #   DATASET_DIR      folder that holds the data sets (default: datasets/ of the repository)
 #   PYTHON           interpreter (default: the active virtual or conda environment's, else .venv's, else python3)
+! declare -F run_row >/dev/null || return 0
 set -euo pipefail
 
 caller=$PWD
+words_before_gpu=
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 fail() {
@@ -27,6 +30,7 @@ check_gpu_id() {
   [[ ${1-} =~ ^(cpu|[0-9]+(,[0-9]+)*)$ ]] && return
   local script=experiment_scripts/${0##*experiment_scripts/}
   [[ $0 == *experiment_scripts/* ]] || script=$0
+  script+=$words_before_gpu
   fail "usage: bash $script GPU_ID [--option value …]" \
     "GPU_ID is cpu, a number, or numbers joined by commas${1:+, not \"$1\"}. Examples:" \
     "  bash $script 0" \

@@ -2,10 +2,9 @@
 
     python tests/golden_cxgrad.py
 
-An error is max|ours - recorded| / max|recorded| of an array, as in the golden README, section 6.
+An error is max|ours - recorded| / max|recorded| of an array.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,17 +24,17 @@ from few_shot_learning_system import (
     cross_entropy,
     multi_step_importances,
 )
-from inner_loop_optimizers import means, scale_by_context
-from utils.official_checkpoints import load_official
+from inner_loop_optimizers import means
+from tests.golden import facts, load, recipes
+from utils.official_checkpoints import load_official, to_official
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "cxgrad"
 RUNNING = ("running_mean", "running_var")
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 
 
 def load_cases() -> dict[str, dict[str, Any]]:
-    """The manifest's cases, recorded from the official programs of CxGrad, MAML++ and ALFA."""
-    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    """Return the settings of each case that was recorded from the official programs of CxGrad, MAML++ and ALFA."""
+    manifest: dict[str, dict[str, Any]] = facts("manifest")
     for case in manifest.values():
         if case["reference_repo"] != "CxGrad":
             case["args"]["use_bias"] = True  # the other two programs always have convolution biases
@@ -46,7 +45,7 @@ class Golden:
     """One recorded case: its arrays, and models and batches made from them."""
 
     def __init__(self, name: str, case: Mapping[str, Any], kind: str) -> None:
-        self.arrays = dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+        self.arrays = load("cxgrad", name) | recipes.tasks()
         self.options, self.epoch, self.kind = case["args"], case["epoch"], kind
         self.evaluation_only = "_eval" in name
 
@@ -92,11 +91,10 @@ class Golden:
             rates.append(result["learning_rate"])
             if iteration == 0:
                 yield from (("loss", losses[0]), ("accuracy", accuracies[0]), ("target_logits", torch.stack(logits)))
-                yield from (
-                    (f"outer_grad/{n}", p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
-                )
+                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                yield from ((f"outer_grad/{n}", g) for n, g in to_official(gradients).items())
             if iteration in (0, 4):
-                state = {n: t for n, t in model.state_dict().items() if self.kind == "f64"}
+                state = to_official(model.state_dict()) if self.kind == "f64" else {}
                 yield from ((f"params_after_{iteration + 1}/{n}", t.clone()) for n, t in state.items())
         yield from {"train_loss": torch.stack(losses), "train_accuracy": torch.stack(accuracies)}.items()
         yield "learning_rate", rates
@@ -150,8 +148,9 @@ class Golden:
         if self.options["contextual_grad"]:
             yield from self.contexts(model, tasks, steps)
         if self.options["alfa"]:
-            alpha, beta = torch.stack([torch.as_tensor(s.generated) for s in steps], 1).chunk(2, 2)
-            embedding = torch.stack([torch.as_tensor(s.embedding) for s in steps], 1)
+            rule: Any = model.rules["ALFA"]
+            alpha, beta = torch.stack([torch.stack(rule.generate(s.used, s.gradients)) for s in steps], 2)
+            embedding = torch.stack([torch.cat([means(s.used), means(s.gradients)], 1) for s in steps], 1)
             yield from {"task_embedding": embedding, "generated_alpha": alpha, "generated_beta": beta}.items()
         if self.options["attenuate"]:
             yield from self.attenuation(model, tasks)
@@ -161,32 +160,40 @@ class Golden:
             yield from ((f"buffers_after_1/{n}", b) for n, b in model.state_dict().items() if n.endswith(RUNNING))
 
     def attenuation(self, model: MAMLFewShotClassifier, tasks: Tasks) -> Iterator[tuple[str, Any]]:
+        rule: Any = model.rules["L2F"]
         parameters = model.task_parameters(2)
-        weights = [parameters[name] for name in model.inner_names]
-        logits = model.classifier(parameters, tasks.x_support, 0)
+        weights = {name: parameters[name] for name in model.inner_names}
+        logits = model._forward(parameters, False)(weights, tasks.x_support, 0, None)
         losses = cross_entropy(logits, tasks.y_support)
-        gradients = torch.autograd.grad(losses.sum(), weights)
-        embedding = means(dict(zip(model.inner_names, gradients, strict=True)))
+        gradients = torch.autograd.grad(losses.sum(), list(weights.values()))
+        embedding = means(dict(zip(weights, gradients, strict=True)))
         yield from {"embed_support_logits": logits, "embed_support_loss": losses}.items()
-        yield from {"attenuator_input": embedding, "attenuator_gamma": model.attenuator(embedding)}.items()
+        yield from {"attenuator_input": embedding, "attenuator_gamma": rule.attenuator(embedding)}.items()
 
     def contexts(self, model: MAMLFewShotClassifier, tasks: Tasks, steps: list[Any]) -> Iterator[tuple[str, Any]]:
+        rule: Any = model.rules["CxGrad"]
         parameters = model.task_parameters(2)
-        gammas = model.gamma_generator(torch.zeros(2, 10, dtype=DTYPES[self.kind]))
-        scaled = scale_by_context(parameters, model.scaled_names, gammas)
-        logits = model.classifier(scaled, tasks.x_support, 0)
-        yield "gamma_warmup", gammas
-        yield "warmup_support_logits", logits
-        yield "warmup_support_loss", cross_entropy(logits, tasks.y_support)
-        yield "context_after_warmup", model._warm_up_context(parameters, tasks.x_support, tasks.y_support, None)
-        yield "gamma_step", torch.stack([s.gammas for s in steps], 1)
-        yield "context_after_step", torch.stack([s.context for s in steps], 1)
+        warm_up: list[torch.Tensor] = []
+
+        def support_loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            warm_up.append(model._forward(parameters, False)(weights, tasks.x_support, 0, None))
+            return cross_entropy(warm_up[0], tasks.y_support)
+
+        weights = {name: parameters[name] for name in model.inner_names}
+        _, start = rule.start(weights, support_loss)
+        contexts = [start["context"], *(s.states["CxGrad"]["context"] for s in steps)]
+        yield "gamma_warmup", rule.generator(torch.zeros(2, 10, dtype=DTYPES[self.kind]))
+        yield "warmup_support_logits", warm_up[0]
+        yield "warmup_support_loss", cross_entropy(warm_up[0], tasks.y_support)
+        yield "context_after_warmup", contexts[0]
+        yield "gamma_step", torch.stack([rule.generator(context) for context in contexts[:-1]], 1)
+        yield "context_after_step", torch.stack(contexts[1:], 1)
 
 
 def relative_errors(golden: Golden) -> dict[str, float]:
     """max|ours - recorded| / max|recorded| of every array that is more than rounding noise.
 
-    For a gradient the denominator is at least 1 % of the largest one of its module, as in the golden README.
+    For a gradient the denominator is at least 1 % of the largest one of its module.
     """
     ours, recorded = golden.ours(), golden.recorded()
     largest = {name: np.abs(array).max(initial=0.0) or 1.0 for name, array in recorded.items()}

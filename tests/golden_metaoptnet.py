@@ -3,12 +3,10 @@
     python tests/golden_metaoptnet.py
 
 An error is max|ours - recorded| / max|recorded| of an array; of duals it is max|ours - recorded|. The `exact` arrays
-are float64 solutions of the heads' mathematical problems by other means, see the golden README.
+are float64 solutions of the heads' mathematical problems by other means.
 """
 
-import importlib.util
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +21,10 @@ from classification_heads import ClassificationHead, Episode, one_hot_of_ranks
 from learner import cross_entropy
 from meta_neural_network_architectures import DropBlock, ProtoNetConv64, R2D2Net, ResNet12Embedding
 from qp_solvers import solve_crammer_singer
+from tests.golden import facts, load, recipes
 from utils.metaoptnet import learning_rate
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "metaoptnet"
-CASES = ("5w1s", "5w5s", "3w4s")
+CASES = tuple(recipes.EPISODES)
 EXACT: dict[str, dict[str, dict[str, Any]]] = {  # head -> suffix of the arrays -> options
     "ProtoNet": {"default": {}, "unnormalized": {"normalize": False}, "exact": {}},
     "R2D2": {"exact": {}},
@@ -35,9 +33,9 @@ EXACT: dict[str, dict[str, dict[str, Any]]] = {  # head -> suffix of the arrays 
     "SVM-He": {"tiled_exact": {}},
     "SVM-WW": {"symmetric_exact": {}},
 }
-SMALL: dict[str, Callable[[tuple[int, int, int]], torch.nn.Module]] = {
-    "protonet_small": lambda shape: ProtoNetConv64(shape, (8, 8, 8, 8)),
-    "r2d2_small": lambda shape: R2D2Net(shape, (8, 12, 16, 20)),
+SMALL: dict[str, tuple[Callable[[tuple[int, int, int]], Any], str]] = {  # network, its name in state_dicts.json
+    "protonet_small": (lambda shape: ProtoNetConv64(shape, (8, 8, 8, 8)), "ProtoNetEmbedding_small(h=8,z=8)"),
+    "r2d2_small": (lambda shape: R2D2Net(shape, (8, 12, 16, 20)), "R2D2Embedding_small(h1=8,h2=12,h3=16,z=20)"),
 }
 CONV1 = "layer1.0.conv1.weight"
 QPTH = {
@@ -50,7 +48,7 @@ class Golden:
 
     def __init__(self, head: str, case: str) -> None:
         self.head, self.case = head, case
-        self.arrays = dict(np.load(GOLDEN / f"heads_{head}_{case}.npz", allow_pickle=False))
+        self.arrays = load("metaoptnet", f"heads_{head}_{case}") | recipes.episode(*recipes.EPISODES[case])
 
     def episode(self, dtype: torch.dtype, tiled: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Query, support, labels and way."""
@@ -104,51 +102,52 @@ def table() -> Iterator[str]:
                     yield f"{head:9} {suffix:16} {case}  {str(dtype).removeprefix('torch.')}  {shown}"
 
 
-def recipes() -> Any:
-    """The golden folder's own module, which remakes the recorded inputs and weights."""
-    spec = importlib.util.spec_from_file_location("recipes", GOLDEN / "recipes.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def state(network: str, seed: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a recorded run; `network` is a name of state_dicts.json."""
+    listed = facts("state_dicts")[network]["state_dict"]
+    return {name: torch.from_numpy(array) for name, array in recipes.network_state(listed, seed).items()}
+
+
+def small(name: str, size: int) -> torch.nn.Module:
+    """Return one of the two small networks with the recorded weights."""
+    build, listed = SMALL[name]
+    network: torch.nn.Module = build((3, size, size))
+    network.load_state_dict(state(listed, int(load("metaoptnet", name)["weight_seed"])))
+    return network
 
 
 def resnet12(size: int, dtype: torch.dtype) -> ResNet12Embedding:
-    """With the recorded weights."""
-    listed = json.loads((GOLDEN / "state_dicts.json").read_text())["ResNet12"]["state_dict"]
-    weights = recipes().fill_state([(name, shape) for name, shape, _ in listed], 3001)
+    """Return the network with the recorded weights."""
     network = ResNet12Embedding((3, size, size))
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    network.load_state_dict(state("ResNet12", 3001))
     return network.to(dtype)
 
 
 def evaluated() -> Iterator[tuple[str, float]]:
     """Features in evaluation, float32."""
     for size in (32, 84):
-        recorded = np.load(GOLDEN / f"resnet12_eval_{size}.npz")
-        images = torch.from_numpy(recipes().images(int(recorded["input_seed"]), 2, size))
+        recorded = load("metaoptnet", f"resnet12_eval_{size}")
+        images = torch.from_numpy(recipes.images(int(recorded["input_seed"]), 2, size))
         with torch.no_grad():
             features = resnet12(size, torch.float32).eval()(images)
         yield f"ResNet-12 {size} px, float32: features", relative_error(features.numpy(), recorded["embedding"])
-    for name, build in SMALL.items():
-        recorded = np.load(GOLDEN / f"{name}.npz")
-        state = {key.removeprefix("state/"): torch.from_numpy(recorded[key]) for key in recorded if "state/" in key}
+    for name in SMALL:
+        recorded = load("metaoptnet", name)
         for size in (32, 84):
-            network = build((3, size, size)).eval()
-            network.load_state_dict(state)
-            features = network(torch.from_numpy(recipes().images(int(recorded[f"input_seed_{size}"]), 2, size)))
+            images = torch.from_numpy(recipes.images(int(recorded[f"input_seed_{size}"]), 2, size))
+            features = small(name, size).eval()(images)
             error = relative_error(features.detach().numpy(), recorded[f"embedding_eval_{size}"])
             yield f"{name} {size} px, float32: features", error
 
 
 def trained() -> Iterator[tuple[str, float]]:
     """ResNet-12 in training mode without drop, float64."""
-    recorded = np.load(GOLDEN / "resnet12_train_nodrop_32.npz")
+    recorded = load("metaoptnet", "resnet12_train_nodrop_32")
     network = resnet12(32, torch.float64).train()
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout | DropBlock):
             module.eval()
-    images = torch.from_numpy(recipes().images(int(recorded["input_seed"]), 4, 32)).double().requires_grad_()
+    images = torch.from_numpy(recipes.images(int(recorded["input_seed"]), 4, 32)).double().requires_grad_()
     matrix = np.random.RandomState(int(recorded["weight_matrix_seed"])).randn(4, 2560).astype(np.float32)
     features = network(images)
     (features * torch.from_numpy(matrix)).sum().backward()
@@ -161,7 +160,7 @@ def trained() -> Iterator[tuple[str, float]]:
 
 def recipe() -> Iterator[tuple[str, float]]:
     """Loss, its gradient, learning rates, DropBlock's rates."""
-    recorded = np.load(GOLDEN / "loss_lr.npz")
+    recorded = load("metaoptnet", "loss_lr")
     for smoothing in (0.0, 0.1, 0.2):
         logits = torch.tensor(recorded["logits"], requires_grad=True)
         loss = cross_entropy(logits, torch.tensor(recorded["labels"]), smoothing).mean()
@@ -171,7 +170,7 @@ def recipe() -> Iterator[tuple[str, float]]:
         yield f"its gradient, {smoothing}", relative_error(logits.grad.numpy(), recorded[f"grad_eps{smoothing}"])
     rates = np.array([learning_rate(0.1, epoch, official=True) for epoch in range(60)])
     yield "learning rates of 60 epochs", relative_error(rates, recorded["lr_per_epoch_1_to_60"])
-    rows = np.load(GOLDEN / "dropblock.npz")["gamma_table"]
+    rows = load("metaoptnet", "dropblock")["gamma_table"]
     gammas = []
     for block_size, side, forwards, _ in rows:
         drop = DropBlock(int(block_size))

@@ -23,7 +23,7 @@ def naive_loss(model: Any, batch: tuple[Tensor, ...], steps: int, contextual: bo
         return x.flatten(1) @ w[-2].T + w[-1]
 
     def scaled(w: list[Tensor], c: Tensor) -> list[Tensor]:
-        gamma = model.gamma_generator(c)
+        gamma = model.rules["CxGrad"].generator(c)
         return [g * v / v.pow(2).sum().sqrt() for g, v in zip(gamma, w[:-2], strict=True)] + w[-2:]
 
     context_rate = model.options.context_params_learning_rate

@@ -32,7 +32,6 @@ def episode(
 # --- recorded arrays -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("head", "suffix", "case"), VARIANTS)
 def test_float32_embeddings_give_the_exact_arrays(head: str, suffix: str, case: str) -> None:
     errors = Golden(head, case).errors(suffix, torch.float32, **EXACT[head][suffix])
@@ -41,21 +40,18 @@ def test_float32_embeddings_give_the_exact_arrays(head: str, suffix: str, case: 
     assert all(error < tolerance[name] for name, error in errors.items()), errors
 
 
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("head", "suffix", "case"), [v for v in VARIANTS if v[1].endswith("exact")])
 def test_float64_embeddings_give_the_exact_arrays(head: str, suffix: str, case: str) -> None:
     errors = Golden(head, case).errors(suffix, torch.float64, **EXACT[head][suffix])
     assert all(error < 1e-9 for error in errors.values()), errors
 
 
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("case", CASES)
 def test_duals_are_the_exact_ones(case: str) -> None:
     assert Golden("SVM-CS", case).dual_error("exact", torch.float32) < 1e-7
     assert Golden("SVM-CS", case).dual_error("exact", torch.float64) < 1e-12
 
 
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_programs_agree_within_their_own_accuracy(case: str) -> None:
     errors = Golden("SVM-CS", case).errors("f64_it15", torch.float32)
@@ -69,7 +65,6 @@ def test_recorded_programs_agree_within_their_own_accuracy(case: str) -> None:
 
 
 @needs_qpth
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("suffix", QPTH)
 def test_qpth_is_called_as_the_paper_did(suffix: str, case: str) -> None:
@@ -77,7 +72,7 @@ def test_qpth_is_called_as_the_paper_did(suffix: str, case: str) -> None:
     options = {"solver": "qpth", "max_iter": passes, "double_precision": double}
     errors = Golden("SVM-CS", case).errors(suffix, torch.float32, **options)
     early = {"logits": 5e-5, "grad_query": 5e-5, "grad_support": 2e-4}  # float32 stopped after 3 passes
-    late = {"logits": 1e-3, "grad_query": 1e-3}  # its converged support gradients are noise, see the golden README
+    late = {"logits": 1e-3, "grad_query": 1e-3}  # its converged support gradients are noise
     exact = {"logits": 1e-6, "grad_query": 1e-6, "grad_support": 1e-5}
     tolerance = exact if double else early if passes == 3 else late
     assert all(errors[name] < bound for name, bound in tolerance.items()), errors

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -24,6 +23,7 @@ from PIL import Image
 
 import data
 from data import Episodes, base_seed, check_tests, sample_task
+from tests.golden import facts
 from utils.errors import UserError
 from utils.image_cache import Split, open_split
 from utils.images import decode_image
@@ -456,8 +456,8 @@ def test_read_only_disk_puts_the_cache_into_the_users_folder(
 # --- tasks -------------------------------------------------------------------------------------------------
 
 
-def test_tasks_equal_the_official_samplers(shared: Path) -> None:
-    golden = json.loads((shared / "golden/cxgrad/official_sampler.json").read_text())
+def test_tasks_equal_the_official_samplers() -> None:
+    golden = facts("official_sampler")
     shot, query = golden["shot"], golden["target"]
     assert base_seed(0, "train") == golden["base_seed"]["train"]
     for expected in golden["tasks"]:

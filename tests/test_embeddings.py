@@ -1,12 +1,9 @@
 """MetaOptNet's embedding networks: parity with recorded arrays, official weight names, DropBlock and its counter."""
 
 import copy
-import importlib.util
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,46 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from meta_neural_network_architectures import DropBlock, ProtoNetConv64, R2D2Net, ResNet12Embedding, blank_squares
+from tests import golden_metaoptnet
+from tests.golden import facts, load, recipes
 
 Arrays = dict[str, np.ndarray]
 
 SMALL = (4, 6, 8, 10)
-SMALL_NETWORKS: dict[str, Callable[[tuple[int, int, int]], Any]] = {
-    "protonet_small": lambda shape: ProtoNetConv64(shape, (8, 8, 8, 8)),
-    "r2d2_small": lambda shape: R2D2Net(shape, (8, 12, 16, 20)),
-}
 OFFICIAL: dict[str, Callable[[tuple[int, int, int]], Any]] = {
     "ResNet12": ResNet12Embedding,
     "R2D2Embedding": R2D2Net,
     "ProtoNetEmbedding": ProtoNetConv64,
 }
-
-
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> Path:
-    return shared / "golden" / "metaoptnet"
-
-
-@pytest.fixture(scope="module")
-def recipes(golden: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipes", golden / "recipes.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def official_state(golden: Path, recipes: ModuleType) -> dict[str, Tensor]:
-    """The weights of every recorded ResNet-12 run."""
-    listed = json.loads((golden / "state_dicts.json").read_text())["ResNet12"]["state_dict"]
-    filled = recipes.fill_state([(name, shape) for name, shape, _ in listed], 3001)
-    return {name: torch.from_numpy(array) for name, array in filled.items()}
-
-
-def arrays(path: Path) -> Arrays:
-    with np.load(path) as file:
-        return dict(file)
 
 
 def assert_close(ours: Tensor, recorded: np.ndarray, tolerance: float, name: str = "") -> None:
@@ -75,12 +43,9 @@ def without_drop(network: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("size", [32, 84])
-def test_resnet12_in_evaluation_equals_the_recorded_features_and_maps(
-    size: int, golden: Path, recipes: ModuleType, official_state: dict[str, Tensor]
-) -> None:
-    recorded = arrays(golden / f"resnet12_eval_{size}.npz")
-    network = ResNet12Embedding((3, size, size)).eval()
-    network.load_state_dict(official_state)
+def test_resnet12_in_evaluation_equals_the_recorded_features_and_maps(size: int) -> None:
+    recorded = load("metaoptnet", f"resnet12_eval_{size}")
+    network = golden_metaoptnet.resnet12(size, torch.float32).eval()
     maps: list[Tensor] = []
     for layer in network.children():
         layer.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
@@ -95,13 +60,9 @@ def test_resnet12_in_evaluation_equals_the_recorded_features_and_maps(
         assert_close(out[:, :2, :2, :2], recorded[f"layer{number}_head"], 5e-6)
 
 
-def resnet12_training_step(
-    recorded: Arrays, recipes: ModuleType, state: dict[str, Tensor], precision: torch.dtype
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """(network after one forward and backward pass without drop, its features, images with their gradient)."""
-    network = ResNet12Embedding((3, 32, 32))
-    network.load_state_dict(state)
-    without_drop(network.to(precision))
+def resnet12_training_step(recorded: Arrays, precision: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the network after one forward and backward pass without drop, its features, images with their gradient."""
+    network = without_drop(golden_metaoptnet.resnet12(32, precision))
     weights = np.random.RandomState(int(recorded["weight_matrix_seed"])).randn(4, 2560).astype(np.float32)
     images = torch.from_numpy(recipes.images(int(recorded["input_seed"]), 4, 32)).to(precision).requires_grad_()
     features = network(images)
@@ -109,11 +70,9 @@ def resnet12_training_step(
     return network, features, images
 
 
-def test_resnet12_in_training_equals_the_recorded_float64_run(
-    golden: Path, recipes: ModuleType, official_state: dict[str, Tensor]
-) -> None:
-    recorded = arrays(golden / "resnet12_train_nodrop_32.npz")
-    network, features, images = resnet12_training_step(recorded, recipes, official_state, torch.float64)
+def test_resnet12_in_training_equals_the_recorded_float64_run() -> None:
+    recorded = load("metaoptnet", "resnet12_train_nodrop_32")
+    network, features, images = resnet12_training_step(recorded, torch.float64)
     assert images.grad is not None
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     assert list(gradients) == list(recorded["param_names"])
@@ -128,11 +87,9 @@ def test_resnet12_in_training_equals_the_recorded_float64_run(
     assert_running_statistics(network, recorded, 1e-9)
 
 
-def test_resnet12_in_float32_training_equals_the_recorded_features_and_running_statistics(
-    golden: Path, recipes: ModuleType, official_state: dict[str, Tensor]
-) -> None:
-    recorded = arrays(golden / "resnet12_train_nodrop_32.npz")
-    network, features, images = resnet12_training_step(recorded, recipes, official_state, torch.float32)
+def test_resnet12_in_float32_training_equals_the_recorded_features_and_running_statistics() -> None:
+    recorded = load("metaoptnet", "resnet12_train_nodrop_32")
+    network, features, images = resnet12_training_step(recorded, torch.float32)
     assert images.grad is not None
     assert_close(features, recorded["embedding_f32"], 1e-5)
     assert_running_statistics(network, recorded, 1e-6)
@@ -148,22 +105,18 @@ def assert_running_statistics(network: nn.Module, recorded: Arrays, tolerance: f
 
 
 @pytest.mark.parametrize("size", [32, 84])
-@pytest.mark.parametrize("name", SMALL_NETWORKS)
-def test_small_networks_in_evaluation_equal_the_recorded_features(
-    name: str, size: int, golden: Path, recipes: ModuleType
-) -> None:
-    recorded = arrays(golden / f"{name}.npz")
-    network = small_network(name, recorded, size).eval()
+@pytest.mark.parametrize("name", golden_metaoptnet.SMALL)
+def test_small_networks_in_evaluation_equal_the_recorded_features(name: str, size: int) -> None:
+    recorded = load("metaoptnet", name)
+    network = golden_metaoptnet.small(name, size).eval()
     features = network(torch.from_numpy(recipes.images(int(recorded[f"input_seed_{size}"]), 2, size)))
     assert_close(features, recorded[f"embedding_eval_{size}"], 5e-6)
 
 
-@pytest.mark.parametrize("name", SMALL_NETWORKS)
-def test_small_networks_in_training_equal_the_recorded_gradients_and_running_statistics(
-    name: str, golden: Path, recipes: ModuleType
-) -> None:
-    recorded = arrays(golden / f"{name}.npz")
-    network = without_drop(small_network(name, recorded, 32))
+@pytest.mark.parametrize("name", golden_metaoptnet.SMALL)
+def test_small_networks_in_training_equal_the_recorded_gradients_and_running_statistics(name: str) -> None:
+    recorded = load("metaoptnet", name)
+    network = without_drop(golden_metaoptnet.small(name, 32))
     images = torch.from_numpy(recipes.images(int(recorded["train_input_seed"]), 4, 32)).requires_grad_()
     features = network(images)
     weights = np.random.RandomState(int(recorded["train_weight_seed"])).randn(*features.shape).astype(np.float32)
@@ -184,19 +137,12 @@ def test_small_networks_in_training_equal_the_recorded_gradients_and_running_sta
         assert_close(network.get_buffer(buffer), array, 5e-6, buffer)
 
 
-def small_network(name: str, recorded: Arrays, size: int) -> nn.Module:
-    network = SMALL_NETWORKS[name]((3, size, size))
-    state = {k.removeprefix("state/"): torch.from_numpy(a) for k, a in recorded.items() if k.startswith("state/")}
-    network.load_state_dict(state)
-    return network
-
-
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_state_dict_is_the_official_one_plus_the_counters(name: str, golden: Path) -> None:
-    listed = json.loads((golden / "state_dicts.json").read_text())[name]
+def test_state_dict_is_the_official_one_plus_the_counters(name: str) -> None:
+    listed = facts("state_dicts")[name]
     network = OFFICIAL[name]((3, 32, 32))
     state = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith("drop.forwards")}
     ours = [[key, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for key, tensor in state.items()]
@@ -205,8 +151,8 @@ def test_state_dict_is_the_official_one_plus_the_counters(name: str, golden: Pat
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_feature_counts_are_the_official_ones(name: str, golden: Path) -> None:
-    dimensions = json.loads((golden / "state_dicts.json").read_text())["checkpoint"]["embedding_output_dims"]
+def test_feature_counts_are_the_official_ones(name: str) -> None:
+    dimensions = facts("state_dicts")["checkpoint"]["embedding_output_dims"]
     for size in (32, 84):
         assert OFFICIAL[name]((3, size, size)).out_features == dimensions[f"{name}@{size}"]
 
@@ -306,8 +252,8 @@ def kept(hits: np.ndarray, block_size: int, official: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("case", ["bs5_H10", "bs5_H5", "bs2_H4", "bs2_H2", "bs1_H4", "bs3_H7"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_hits_blank_whole_squares_as_recorded(case: str, memory_format: torch.memory_format, golden: Path) -> None:
-    recorded = {name: array for name, array in arrays(golden / "dropblock.npz").items() if name.startswith(case)}
+def test_hits_blank_whole_squares_as_recorded(case: str, memory_format: torch.memory_format) -> None:
+    recorded = load("metaoptnet", "dropblock")
     hits, x, block_size = recorded[f"{case}_mask"], torch.from_numpy(recorded[f"{case}_x"]), int(case[2])
     np.testing.assert_array_equal(kept(hits, block_size, official=True), recorded[f"{case}_block_mask"])
     out = blank_squares(x.to(memory_format=memory_format), torch.from_numpy(hits), block_size)
@@ -319,8 +265,8 @@ def test_hits_blank_whole_squares_as_recorded(case: str, memory_format: torch.me
         assert_close(out, recorded[f"{case}_out"], 1e-6)
 
 
-def test_hit_probability_equals_the_recorded_table(golden: Path) -> None:
-    table = arrays(golden / "dropblock.npz")["gamma_table"]
+def test_hit_probability_equals_the_recorded_table() -> None:
+    table = load("metaoptnet", "dropblock")["gamma_table"]
     for block_size, side, forwards, gamma in table:
         drop = counter_at(DropBlock(int(block_size)), int(forwards))
         assert drop.gamma(int(side), int(side)).item() == pytest.approx(gamma, rel=1e-6)
@@ -436,7 +382,8 @@ def test_the_counter_is_saved_and_restored(tmp_path: Path) -> None:
     assert counters(copy.deepcopy(network)) == [3, 3]
 
 
-def test_official_weights_load_strictly_and_start_the_schedule_afresh(official_state: dict[str, Tensor]) -> None:
+def test_official_weights_load_strictly_and_start_the_schedule_afresh() -> None:
+    official_state = golden_metaoptnet.state("ResNet12", 3001)
     network = ResNet12Embedding((3, 32, 32))
     for module in network.modules():
         if isinstance(module, DropBlock):

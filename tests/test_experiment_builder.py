@@ -63,7 +63,7 @@ def command(data: Path, results: Path, *extra: str) -> list[str]:
 
 
 def folder_of(results: Path) -> Path:
-    return results / "toy_2way1shot" / "experiment"
+    return results / "toy_2way_1shot" / "experiment"
 
 
 def final_weights(results: Path) -> dict[str, torch.Tensor]:
@@ -177,7 +177,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
 ) -> None:
     arguments = ["train_maml_system.py", *command(toy_data, tmp_path)]
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"the moments of this run: random.Random({seed})")
+    rng = random.Random(seed)
     for number in signals:
         process = start(*arguments)
         wait_for_training(process, tmp_path)
@@ -489,7 +491,7 @@ def test_results_of_forgiving_names_share_a_folder() -> None:
     def folder(name: str) -> Path:
         return experiment_folder(Options(dataset_name=name))
 
-    assert folder("cifar-fs") == folder("CIFAR_FS") == Path("experiments/CIFAR_FS_5way1shot/experiment")
+    assert folder("cifar-fs") == folder("CIFAR_FS") == Path("experiments/CIFAR_FS_5way_1shot/experiment")
 
 
 def test_experiment_needs_a_finished_epoch_to_test(toy_data: Path, tmp_path: Path) -> None:

@@ -10,22 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, cross_entropy, multi_step_importances
-from meta_neural_network_architectures import ResNet12
-from tests.golden_cxgrad import GOLDEN, Golden, is_accuracy, load_cases, relative_errors
+from meta_neural_network_architectures import Pass, ResNet12, seen_by_tasks
+from tests.golden import load
+from tests.golden_cxgrad import Golden, is_accuracy, load_cases, relative_errors
 from tests.naive_reference import naive_loss
 from utils.errors import UserError
 from utils.options import Options
 
-CASES = load_cases() if GOLDEN.is_dir() else {}
-needs_golden = pytest.mark.skipif(not CASES, reason="../shared/golden is not here")
+CASES = load_cases()
 
 
 # --- parity with the official program ------------------------------------------------------------------------------
 
 
-@needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_every_recorded_array(case: str) -> None:
     golden = Golden(case, CASES[case], "f64")
@@ -39,7 +39,6 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-9 * np.abs(array).max() + slack, err_msg=name)
 
 
-@needs_golden
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
     golden = Golden(case, CASES[case], "f32")
@@ -50,7 +49,6 @@ def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
     assert all(np.abs(array).max() < 1e-5 for array in noise.values())
 
 
-@needs_golden
 @pytest.mark.parametrize("case", [name for name in CASES if "eval" not in name])
 def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
     """Where the context is lively, one activation crossing a kink moves the third loss by 1 %, in either program."""
@@ -63,12 +61,12 @@ def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
 
 
 def context_is_inert(case: str) -> bool:
-    """All but CxGrad with small gammas: near 0.69 the context hardly moves (golden README, section 5)."""
+    """All but CxGrad with small gammas: near 0.69 the context hardly moves (docs/arithmetic.md, section 10)."""
     return not case.startswith("cxgrad") or case in ("cxgrad", "cxgrad_eval")
 
 
 def float32_tolerance(case: str, name: str) -> float:
-    """The golden README's recommendations, section 6."""
+    """About 5 times what float32 runs of the official programs differ by among themselves."""
     quantity = name.removeprefix("eval/")
     if "five_batches" in quantity:
         return 3e-2 if "per_step" in case else 1e-5 if context_is_inert(case) else 3e-4
@@ -86,9 +84,8 @@ def float32_tolerance(case: str, name: str) -> float:
     return 1e-5 if context_is_inert(case) else 3e-4
 
 
-@needs_golden
 def test_learning_rates_follow_both_official_schedules() -> None:
-    recorded = np.load(GOLDEN / "lr_schedule.npz")
+    recorded = load("cxgrad", "lr_schedule")
     common = dict(TINY, meta_learning_rate=1e-3, min_learning_rate=1e-5, total_epochs=10)
     for contextual, name in ((True, "cxgrad_per_iteration"), (False, "mamlpp_per_epoch")):
         model, batch = tiny_model(**dict(common, contextual_grad=contextual)), tiny_batch()
@@ -156,6 +153,33 @@ def test_outer_gradient_passes_gradcheck(contextual: bool) -> None:
 
     values = [dict(model.classifier.named_parameters())[n].detach().clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+# --- learning ------------------------------------------------------------------------------------------------------
+
+
+def patterned_batch(seed: int, tasks: int) -> tuple[Tensor, ...]:
+    """Return tasks whose classes differ by a faint pattern in the first channel; the other two are louder noise."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(tasks, 3, 1, 2, 2, generator=generator).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    images = [torch.randn(tasks, 3, n, 3, 8, 8, generator=generator) for n in (2, 5)]
+    for x in images:
+        x[:, :, :, 0] = 0.3 * x[:, :, :, 0] + 0.25 * patterns
+    labels = [torch.arange(3).view(1, 3, 1).expand(tasks, 3, n) for n in (2, 5)]
+    return images[0], images[1], labels[0], labels[1]
+
+
+@pytest.mark.parametrize("contextual", [False, True])
+def test_training_raises_the_accuracy_on_new_tasks_far_above_chance(contextual: bool) -> None:
+    rates = {"meta_learning_rate": 0.01, "min_learning_rate": 0.01}
+    options = {"contextual_grad": contextual, "num_target_samples": 5, "cnn_num_filters": 8, "tasks_per_pass": 16}
+    model = tiny_model(torch.float32, **options, **rates)
+    held_out = patterned_batch(seed=999, tasks=64)
+    before = model.run_validation_iter(held_out)[0]["accuracy"]
+    for iteration in range(60):
+        model.run_train_iter(patterned_batch(seed=iteration, tasks=16), 0)
+    after = model.run_validation_iter(held_out)[0]["accuracy"]
+    assert before < 0.5 and after > 0.7, "chance is 0.33"
 
 
 # --- interface -----------------------------------------------------------------------------------------------------
@@ -276,7 +300,7 @@ def test_multi_step_loss_moves_to_the_last_step() -> None:
 def test_learned_rates_work_together_with_contextual_scaling() -> None:
     model = tiny_model(contextual_grad=True, learnable_per_layer_per_step_inner_loop_learning_rate=True)
     model.run_train_iter(tiny_batch(), 0)
-    rates = dict(model.named_parameters())["inner_loop_optimizer.names_learning_rates_dict.layer_dict-linear-weights"]
+    rates = dict(model.named_parameters())["rules.LSLR.rates.layer_dict-linear-weights"]
     assert rates.grad is not None and rates.shape == (3,) and (rates.grad[:2] != 0).all() and rates.grad[2] == 0
 
 
@@ -349,7 +373,8 @@ def test_network_variants_equal_plain_layers(pooling: bool, padding: bool) -> No
         x = F.max_pool2d(x, 2) if pooling else x
     x = x.flatten(1) if pooling else x.mean((2, 3))
     expected = F.linear(x, p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
-    torch.testing.assert_close(model.classifier(model.task_parameters(2), images, 0)[0], expected)
+    forward = model._forward(model.task_parameters(2), evaluation=False)
+    torch.testing.assert_close(forward({}, images, 0, None)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +404,7 @@ def test_meta_sgd_learns_a_rate_per_weight_by_its_formula() -> None:
     tasks = model._to_device(tiny_batch())
     (state,) = model.inner_loop(tasks.x_support, tasks.y_support, 1, SECOND_ORDER)
     logits = model._query_logits(state, tasks.x_query, None)
-    rates = dict(model.inner_loop_optimizer.named_parameters())
+    rates = dict(model.rules["MetaSGD"].named_parameters())
     found = torch.autograd.grad(cross_entropy(logits, tasks.y_query).sum(), list(rates.values()), retain_graph=True)
     for (name, rate), gradient in zip(rates.items(), found, strict=True):
         weight = name.removeprefix("rates.").replace("-", ".")
@@ -439,7 +464,7 @@ def test_contextual_scaling_goes_together_with(rules: dict[str, Any]) -> None:
     model = tiny_model(contextual_grad=True, **rules)
     model.run_train_iter(tiny_batch(), 0)
     trained = model.trained_parameters()
-    assert any(name.startswith("gamma_generator") for name in trained)
+    assert any(name.startswith("rules.CxGrad.generator") for name in trained)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
     losses, _ = model.run_validation_iter(tiny_batch())
     assert torch.isfinite(losses["loss"])
@@ -449,9 +474,9 @@ def test_every_learned_rate_is_trained() -> None:
     for rule in ("meta_sgd", "alfa", "learnable_per_layer_per_step_inner_loop_learning_rate"):
         changes: dict[str, Any] = {rule: True}
         model = tiny_model(**changes)
-        before = copy.deepcopy(model.inner_loop_optimizer.state_dict())
+        before = copy.deepcopy(model.rules.state_dict())
         model.run_train_iter(tiny_batch(), 0)
-        for name, rate in model.inner_loop_optimizer.state_dict().items():
+        for name, rate in model.rules.state_dict().items():
             without_effect = name.endswith("conv-bias")  # in front of batch norm
             assert without_effect or not torch.equal(rate, before[name]), name
 
@@ -514,22 +539,22 @@ def test_outer_gradients_can_be_clamped() -> None:
 
 def test_resnet12_has_the_published_widths_and_equals_plain_layers() -> None:
     widths = ResNet12((3, 32, 32), 5, (64, 128, 256, 512)).state_dict()
-    assert widths["layer_dict.block3_conv2.conv.weight"].shape == (512, 512, 3, 3)
+    assert widths["layer_dict.layer4.conv3.weight"].shape == (512, 512, 3, 3)
     net = ResNet12((3, 8, 8), 5, (3, 4)).double()
     x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
     p = dict(net.named_parameters())
 
     def layer(name: str, x: Tensor) -> Tensor:
-        weight = p[f"layer_dict.{name}.conv.weight"]
+        weight = p[f"layer_dict.{name}.weight"]
         return F.batch_norm(F.conv2d(x, weight, padding=weight.shape[2] // 2), None, None, training=True)
 
     y = x
-    for block in ("block0", "block1"):
-        inner = F.leaky_relu(layer(f"{block}_conv0", y), 0.1)
-        inner = layer(f"{block}_conv2", F.leaky_relu(layer(f"{block}_conv1", inner), 0.1))
-        y = F.max_pool2d(F.leaky_relu(inner + layer(f"{block}_shortcut", y), 0.1), 2)
+    for block in ("layer1", "layer2"):
+        inner = F.leaky_relu(layer(f"{block}.conv1", y), 0.1)
+        inner = layer(f"{block}.conv3", F.leaky_relu(layer(f"{block}.conv2", inner), 0.1))
+        y = F.max_pool2d(F.leaky_relu(inner + layer(f"{block}.downsample.0", y), 0.1), 2)
     expected = F.linear(y.mean((2, 3)), p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
-    found = net({name: q.expand(2, *q.shape) for name, q in p.items()}, torch.stack([x, x]), 0)
+    found = functional_call(net, seen_by_tasks(net, 2, buffers=False), (torch.stack([x, x]), Pass()))
     torch.testing.assert_close(found, torch.stack([expected, expected]))
 
 

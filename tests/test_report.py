@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSV_HEADER = (
     "epoch,iterations,train_loss,train_accuracy,val_loss,val_accuracy,val_ci95_per_episode,learning_rate,seconds"
 )
+HEAD: dict[str, object] = {"learner": "head", "test_shots": "1,5"}
 GREEN, RED = (46, 158, 91), (208, 52, 44)
 
 
@@ -146,17 +147,19 @@ def test_before_the_meta_test_the_text_says_how_to_test(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "script"),
     [
-        ({"experiment_name": "MetaOptNet_SVM_resnet12", "learner": "head"}, "CIFAR_FS_5way/MetaOptNet_SVM_resnet12"),
-        ({"experiment_name": "CxGrad_4conv"}, "CIFAR_FS_5way_5shot/CxGrad_4conv"),
-        ({"experiment_name": "CxGrad_4conv", "dataset_name": "cifar-fs"}, "CIFAR_FS_5way_5shot/CxGrad_4conv"),
-        ({"experiment_name": "my_own"}, "DATASET_Nway_Kshot/METHOD_BACKBONE"),
+        (HEAD | {"experiment_name": "MetaOptNet_SVM_resnet12"}, "CIFAR_FS_5way/MetaOptNet_SVM_resnet12.sh"),
+        (HEAD | {"experiment_name": "R2D2_resnet12"}, "any.sh R2D2_resnet12 CIFAR_FS 1,5"),
+        ({"experiment_name": "CxGrad_4conv"}, "CIFAR_FS_5way_5shot/CxGrad_4conv.sh"),
+        ({"experiment_name": "CxGrad_4conv", "dataset_name": "cifar-fs"}, "CIFAR_FS_5way_5shot/CxGrad_4conv.sh"),
+        ({"experiment_name": "BOIL_4conv", "dataset_name": "mine"}, "any.sh BOIL_4conv mine 5"),
+        ({"experiment_name": "my_own"}, "any.sh METHOD DATASET SHOT"),
     ],
 )
 def test_the_script_is_named_by_the_options_wherever_the_folder_lies(
     folder: Path, changes: dict[str, object], script: str
 ) -> None:
     write_options(folder, **{"dataset_name": "CIFAR_FS", "num_samples_per_class": 5} | changes)
-    assert f"TEST=1 bash experiment_scripts/{script}.sh GPU_ID" in write_report(folder)
+    assert f"TEST=1 bash experiment_scripts/{script} GPU_ID" in write_report(folder)
 
 
 # ---------------------------------------------------------------- errors

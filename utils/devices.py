@@ -12,16 +12,14 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def choose_device(gpu: str | None, tf32: bool = False) -> torch.device:
+def choose_device(gpu: str | None) -> torch.device:
     """Return the device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
 
-    With None it is the first GPU if there is one. `tf32` lets its convolutions and matrix products round to ten bits.
-    Raises UserError for an id that this machine does not have.
+    With None it is the first GPU if there is one. Raises UserError for an id that this machine does not have.
     """
     if gpu is None:
         gpu = "0" if torch.cuda.is_available() else "cpu"
     if gpu.lower() == "cpu":
-        keep_freed_memory()
         return torch.device("cpu")
     ids = gpu_ids(gpu)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -32,9 +30,19 @@ def choose_device(gpu: str | None, tf32: bool = False) -> torch.device:
         )
     device = torch.device("cuda", ids[int(os.environ.get("LOCAL_RANK", "0"))])
     torch.cuda.set_device(device)
-    # Else full float32: CxGrad's context follows from differences that TF32's ten bits do not hold.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device
+
+
+def prepare_device(device: torch.device, tf32: bool = False) -> None:
+    """Set this process up to compute on `device`; every learner does it.
+
+    `tf32` lets a GPU's convolutions and matrix products round to ten bits. Without it they are full float32: CxGrad's
+    context follows from differences that ten bits do not hold.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def gpu_ids(gpu: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Weights of the official CxGrad, MAML++, ALFA and MetaOptNet programs, whose parameter names this project keeps."""
+"""Weights of the official CxGrad, MAML++, ALFA and MetaOptNet programs, and what their names mean here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,32 @@ from utils.errors import UserError
 PIXELS_OF_MAP = {1: 28, 2: 32, 5: 84}  # side of the last map of four pooled stages -> usual side of the images
 
 
+# Official beginnings of names -> ours; our own checkpoints hold the official ones too. Other names are the same.
+OURS = {
+    "gamma_generator.": "rules.CxGrad.generator.",
+    "attenuator.": "rules.L2F.attenuator.",
+    "regularizer.": "rules.ALFA.generator.",
+    "inner_loop_optimizer.names_learning_rates_dict.": "rules.LSLR.rates.",
+    "inner_loop_optimizer.names_alpha_dict.": "rules.ALFA.rates.",
+    "inner_loop_optimizer.names_beta_dict.": "rules.ALFA.decays.",
+    "inner_loop_optimizer.names_beta_dict_per_param.": "rules.ALFA.decay_factors.",
+    "inner_loop_optimizer.rates.": "rules.MetaSGD.rates.",  # no official program: our earlier checkpoints
+}
+
+
+def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights under the official names."""
+    return _renamed(weights, {ours: official for official, ours in OURS.items()})
+
+
+def _renamed(weights: Mapping[str, Tensor], beginnings: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        old = next((beginning for beginning in beginnings if name.startswith(beginning)), "")
+        renamed[beginnings.get(old, "") + name.removeprefix(old)] = tensor
+    return renamed
+
+
 def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) -> None:
     """Copy official weights (a state dict with or without ``module.`` prefixes, or a checkpoint file) into `model`.
 
@@ -19,8 +45,7 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
     one of the model's, or has another shape; the model is then unchanged.
     """
     state = weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))["network"]
-    given = without_prefix(state)
-    own = model.state_dict()
+    given, own = to_official(without_prefix(state)), to_official(model.state_dict())
     given = {name: tensor for name, tensor in given.items() if name in own or ".running_" not in name}
     problems = [f"it lacks {name}" for name in own if name not in given]
     problems += [f"it has {name}, which the model has not" for name in given if name not in own]
@@ -32,7 +57,7 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError("another architecture: " + "; ".join(problems[:3]) + more)
-    model.load_state_dict(given)
+    model.load_state_dict(_renamed(given, OURS))
 
 
 def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,9 +53,11 @@ class Setup(NamedTuple):
 
     dataset_name: str
     experiment_name: str
+    learner: str
     num_classes_per_set: int
     num_samples_per_class: int
     test_way: int | None
+    test_shots: str | None
 
 
 class Result(NamedTuple):
@@ -150,14 +152,18 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _command(folder: Path) -> str:
-    """Return the command that trains this experiment; the pattern of such commands where no script has its name."""
-    script = "experiment_scripts/DATASET_Nway_Kshot/METHOD_BACKBONE.sh"
+    """Return the command that trains this experiment, or the pattern of such commands where its name says no method."""
+    script = "any.sh METHOD DATASET SHOT"
     if setup := read_setup(folder):
-        task = f"{canonical_name(setup.dataset_name)}_{setup.num_classes_per_set}way"
-        for shot in ("", f"_{setup.num_samples_per_class}shot"):  # one training of a head serves all shots
-            own = f"experiment_scripts/{task}{shot}/{setup.experiment_name}.sh"
-            script = own if (ROOT / own).is_file() else script
-    return f"bash {script} GPU_ID"
+        dataset, head = canonical_name(setup.dataset_name), setup.learner == "head"
+        task = f"{dataset}_{setup.num_classes_per_set}way" + ("" if head else f"_{setup.num_samples_per_class}shot")
+        own = f"{task}/{setup.experiment_name}.sh"
+        if (ROOT / "experiment_scripts" / own).is_file():
+            script = own
+        elif re.search("_(4conv|resnet12|conv64|r2d2net)$", setup.experiment_name):
+            shot = setup.test_shots if head else setup.num_samples_per_class
+            script = f"any.sh {setup.experiment_name} {dataset} {shot}"
+    return f"bash experiment_scripts/{script} GPU_ID"
 
 
 def _title(folder: Path) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ProtoNet, conv64, CIFAR-FS 5-way: Lee et al., CVPR 2019, arXiv 1904.03758, table 2.
-# Published accuracy, 1-shot and 5-shot: 55.5 ± 0.7 % and 72.0 ± 0.6 % (quoted there, from a run without this recipe).
+# ProtoNet, conv64, CIFAR-FS 5-way: Lee et al., CVPR 2019, arXiv 1904.03758.
+# Published accuracy: 1-shot 55.5 ± 0.7 % (MetaOptNet paper, table 2, without this recipe); 5-shot 72.0 ± 0.6 %
+#   (MetaOptNet paper, table 2, without this recipe).
 # One training serves 1-shot and 5-shot; batch norm is inductive, unlike the MAML family's.
 # Time and memory: not measured on GPU.
 #   python preprocess/preprocess.py --datasets CIFAR_FS

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, CIFAR-FS 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 58.9 ± 1.9 % with 32 filters (this row has 48), in the MetaOptNet paper's Table 2.
+# MAML, 4-CONV, CIFAR-FS 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 58.9 ± 1.9 % (MetaOptNet paper, table 2, 32 filters).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at CIFAR-FS's own 32×32.
 # Time and memory: not measured on GPU.

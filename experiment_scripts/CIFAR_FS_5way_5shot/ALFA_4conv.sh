@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA, 4-CONV, CIFAR-FS 5-way 5-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 76.79 ± 0.42 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 76.79 ± 0.42 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at CIFAR-FS's own 32×32.
 # Time and memory: not measured on GPU.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, CUB 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# MAML, 4-CONV, CUB 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
 # Published accuracy: none known.
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ProtoNet, conv64, FC100 5-way: Lee et al., CVPR 2019, arXiv 1904.03758, table 2.
-# Published accuracy, 1-shot and 5-shot: 35.3 ± 0.6 % and 48.6 ± 0.6 % (quoted there, from a run without this recipe).
+# ProtoNet, conv64, FC100 5-way: Lee et al., CVPR 2019, arXiv 1904.03758.
+# Published accuracy: 1-shot 35.3 ± 0.6 % (MetaOptNet paper, table 2, without this recipe); 5-shot 48.6 ± 0.6 %
+#   (MetaOptNet paper, table 2, without this recipe).
 # One training serves 1-shot and 5-shot; batch norm is inductive, unlike the MAML family's.
 # Time and memory: not measured on GPU.
 #   python preprocess/preprocess.py --datasets FC100

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA, 4-CONV, FC100 5-way 1-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 37.99 ± 0.48 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 37.99 ± 0.48 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at FC100's own 32×32.
 # Time and memory: not measured on GPU.

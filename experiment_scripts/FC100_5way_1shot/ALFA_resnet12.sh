@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA, ResNet-12, FC100 5-way 1-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 41.46 ± 0.49 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 41.46 ± 0.49 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at FC100's own 32×32.
 # Time and memory: not measured on GPU.

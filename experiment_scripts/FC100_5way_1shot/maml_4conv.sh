@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, FC100 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 37.63 ± 2.23 % in a re-implementation's README; none by the authors is known.
+# MAML, 4-CONV, FC100 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 37.63 ± 2.23 % (as reported by a re-implementation's README).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at FC100's own 32×32.
 # Time and memory: not measured on GPU.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, FC100 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 49.14 ± 1.58 % in a re-implementation's README; none by the authors is known;
-#   49.0 % in learn2learn's README, for its own MAML.
+# MAML, 4-CONV, FC100 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 49.14 ± 1.58 % (as reported by a re-implementation's README); 49.0 % (README of learn2learn, its
+#   own MAML).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Images stay at FC100's own 32×32.
 # Time and memory: not measured on GPU.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MetaOptNet-RR (ridge regression), conv64, glyphs 5-way: Lee et al., CVPR 2019, arXiv 1904.03758.
+# MetaOptNet-RR, conv64, glyphs 5-way: Lee et al., CVPR 2019, arXiv 1904.03758.
 # Published accuracy: none known.
 # One training serves 1-shot and 5-shot; batch norm is inductive, unlike the MAML family's.
 # Time and memory: not measured on GPU.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CxGrad, 4-CONV, glyphs 5-way 5-shot (the built-in data set, in no paper): arXiv 2110.10353.
-# Published accuracy: none.
+# CxGrad, 4-CONV, glyphs 5-way 5-shot: Lee et al., WACV 2022, arXiv 2110.10353.
+# Published accuracy: none known.
 # Time and memory: not measured yet on CPU; not measured on GPU.
 #   python preprocess/preprocess.py --datasets glyphs digits
 #   bash experiment_scripts/glyphs_5way_5shot/CxGrad_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, glyphs 5-way 5-shot (the built-in data set, in no paper): arXiv 1703.03400.
-# Published accuracy: none.
+# MAML, 4-CONV, glyphs 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: none known.
 # Time and memory: not measured yet on CPU; not measured on GPU.
 #   python preprocess/preprocess.py --datasets glyphs digits
 #   bash experiment_scripts/glyphs_5way_5shot/maml_4conv.sh 0

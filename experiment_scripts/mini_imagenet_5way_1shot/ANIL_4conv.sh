@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # ANIL, 4-CONV, miniImageNet 5-way 1-shot: Raghu et al., ICLR 2020, arXiv 1909.09157.
-# Published accuracy: 46.30 ± 0.40 % (as quoted by COMLN and LibFewShot; the paper itself was not read);
-#   also quoted as 46.7 %.
+# Published accuracy: 46.30 ± 0.40 % (as reported by the COMLN paper and LibFewShot); 46.7 % (as reported by others).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_1shot/ANIL_4conv.sh 0

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, miniImageNet 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 49.64 ± 0.31 % (README of MeTAL, whose code descends from MAML++'s);
-#   48.70 ± 1.84 % in the MAML paper, with 32 filters.
+# MAML, 4-CONV, miniImageNet 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 49.64 ± 0.31 % (README of MeTAL); 48.70 ± 1.84 % (MAML paper, 32 filters).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_1shot/maml_4conv.sh 0

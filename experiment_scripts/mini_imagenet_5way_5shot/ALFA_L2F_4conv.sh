@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA + L2F, 4-CONV, miniImageNet 5-way 5-shot: Baik et al., arXiv 2011.00209 and 1906.05895.
-# Published accuracy: 71.44 ± 0.45 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 71.44 ± 0.45 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_5shot/ALFA_L2F_4conv.sh 0

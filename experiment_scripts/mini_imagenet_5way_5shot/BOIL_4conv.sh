@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # BOIL, 4-CONV, miniImageNet 5-way 5-shot: Oh et al., ICLR 2021, arXiv 2008.08882.
-# Published accuracy: 66.45 ± 0.37 % (as quoted in LibFewShot's list; the paper itself was not read).
+# Published accuracy: 66.45 ± 0.37 % (as reported by LibFewShot).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_5shot/BOIL_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # L2F, ResNet-12, miniImageNet 5-way 5-shot: Baik et al., CVPR 2020, arXiv 1906.05895.
-# Published accuracy: 77.04 ± 0.42 % (README of L2F, meta-batch 2 as here); 74.68 ± 0.43 % there with meta-batch 1.
+# Published accuracy: 77.04 ± 0.42 % (README of L2F, meta-batch 2); 74.68 ± 0.43 % (README of L2F, meta-batch 1).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_5shot/L2F_resnet12.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MAML++, 4-CONV, miniImageNet 5-way 5-shot: Antoniou et al., ICLR 2019, arXiv 1810.09502.
-# Published accuracy: 68.32 ± 0.44 % (as quoted in the T-NAS paper's table; the paper itself was not read).
+# Published accuracy: 68.32 ± 0.44 % (as reported by the T-NAS paper).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # The official program's inner rate is 0.1 whatever its JSON file says, because it reads another option.
 # Time and memory: not measured on GPU.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MAML (second order), ResNet-12, miniImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 69.54 ± 0.38 % (an authors' README); 69.76 ± 0.46 % in the README of L2F,
-#   68.26 ± 0.47 % there with meta-batch 1.
+# MAML, ResNet-12, miniImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 69.54 ± 0.38 % (an authors' README); 69.76 ± 0.46 % (README of L2F); 68.26 ± 0.47 % (README of
+#   L2F, meta-batch 1).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/mini_imagenet_5way_5shot/maml_resnet12.sh 0

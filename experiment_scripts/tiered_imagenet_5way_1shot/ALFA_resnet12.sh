@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALFA, ResNet-12, tieredImageNet 5-way 1-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 64.62 ± 0.49 % (as quoted by a leaderboard page; the paper itself was not read).
+# Published accuracy: 64.62 ± 0.49 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_1shot/ALFA_resnet12.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # BOIL, 4-CONV, tieredImageNet 5-way 1-shot: Oh et al., ICLR 2021, arXiv 2008.08882.
-# Published accuracy: 48.58 ± 0.27 % (as quoted in LibFewShot's list; the paper itself was not read).
+# Published accuracy: 48.58 ± 0.27 % (as reported by LibFewShot).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_1shot/BOIL_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Meta-SGD, 4-CONV, tieredImageNet 5-way 1-shot: Li et al., 2017, arXiv 1707.09835.
-# Published accuracy: 52.80 ± 0.44 % (as quoted in the COMLN paper's table; the paper itself was not read).
+# Published accuracy: 52.80 ± 0.44 % (as reported by the COMLN paper).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_1shot/MetaSGD_4conv.sh 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, tieredImageNet 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 50.98 ± 0.26 % (unverified: quoted from memory);
-#   51.67 ± 1.81 % with 32 filters, in the MetaOptNet paper's Table 1.
+# MAML, 4-CONV, tieredImageNet 5-way 1-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 51.67 ± 1.81 % (MetaOptNet paper, table 1, 32 filters); 50.98 ± 0.26 % (unverified: quoted from
+#   memory).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_1shot/maml_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ALFA from a random initialisation, 4-CONV, tieredImageNet 5-way 5-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
-# Published accuracy: 71.97 ± 0.44 % (as quoted by a leaderboard page; the paper itself was not read).
+# ALFA (random init), 4-CONV, tieredImageNet 5-way 5-shot: Baik et al., NeurIPS 2020, arXiv 2011.00209.
+# Published accuracy: 71.97 ± 0.44 % (as reported by a leaderboard page).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_5shot/ALFA_random_init_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ANIL, 4-CONV, tieredImageNet 5-way 5-shot: Raghu et al., ICLR 2020, arXiv 1909.09157.
-# Published accuracy: 65.82 ± 0.12 % (as quoted by COMLN and LibFewShot; the paper itself was not read).
+# Published accuracy: 65.82 ± 0.12 % (as reported by the COMLN paper and LibFewShot).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_5shot/ANIL_4conv.sh 0

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CxGrad, 4-CONV, tieredImageNet 5-way 5-shot: Lee et al., WACV 2022, arXiv 2110.10353.
-# Published accuracy: 73.55 % (as quoted by a page about the paper; the paper itself was not read).
+# Published accuracy: 73.55 % (as reported by a page about the paper).
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_5shot/CxGrad_4conv.sh 0
 #   TEST=1 bash experiment_scripts/tiered_imagenet_5way_5shot/CxGrad_4conv.sh 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MAML (second order), 4-CONV, tieredImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
-# Published accuracy: 66.25 ± 0.19 % (unverified: quoted from memory);
-#   70.30 ± 1.75 % with 32 filters, in the MetaOptNet paper's Table 1.
+# MAML, 4-CONV, tieredImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# Published accuracy: 70.30 ± 1.75 % (MetaOptNet paper, table 1, 32 filters); 66.25 ± 0.19 % (unverified: quoted from
+#   memory).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.
 #   bash experiment_scripts/tiered_imagenet_5way_5shot/maml_4conv.sh 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MAML (second order), ResNet-12, tieredImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
+# MAML, ResNet-12, tieredImageNet 5-way 5-shot: Finn et al., ICML 2017, arXiv 1703.03400.
 # Published accuracy: 73.17 ± 0.32 % (unverified: quoted from memory).
 # All but the method's own options are as in CxGrad's rows, which need not be the paper's recipe.
 # Time and memory: not measured on GPU.

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# R2D2, R2D2Net, miniImageNet 5-way: Lee et al., CVPR 2019, arXiv 1904.03758.
+# Published accuracy: 1-shot 51.2 ± 0.6 % (MetaOptNet paper, table 1); 5-shot 68.8 ± 0.1 % (MetaOptNet paper, table 1).
+# One training serves 1-shot and 5-shot; batch norm is inductive, unlike the MAML family's.
+# Time and memory: not measured on GPU.
+#   python preprocess/preprocess.py --datasets mini_imagenet
+#   bash experiment_scripts/mini_imagenet_5way/R2D2_r2d2net.sh 0
+#   TEST=1 bash experiment_scripts/mini_imagenet_5way/R2D2_r2d2net.sh 0
+#   TEST=1 TEST_DATASET=glyphs bash experiment_scripts/mini_imagenet_5way/R2D2_r2d2net.sh 0
+source "$(dirname "${BASH_SOURCE[0]}")/../run.sh"
+row=(
+  --learner head --head R2D2
+  --dataset_name mini_imagenet --image_height 84 --image_width 84 --image_channels 3 --normalization published
+  --augment true
+  --num_classes_per_set 5 --num_samples_per_class 5 --num_target_samples 6 --batch_size 8
+  --test_way 5 --val_shot 5 --val_query 15 --test_shots 1,5
+  --backbone R2D2Net
+  --batch_norm running --precision float32
+  --total_epochs 60 --total_iter_per_epoch 1000
+  --meta_learning_rate 0.1 --lr_schedule steps_official --outer_weight_decay 0.0005 --label_smoothing 0.1
+  --num_evaluation_tasks 2000 --save_epoch 10 --top_n_models 5 --seed 104 --train_seed 0 --val_seed 0
+)
+run_row "$@"

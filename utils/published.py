@@ -1,0 +1,146 @@
+"""Published accuracies of all rows, read from experiment_scripts/published.csv.
+
+python -m utils.published            prints the tables of README.md
+python -m utils.published --write    writes them into README.md, and into each script its title and accuracies
+
+The file has one line per number. The first number of a row and shot is the one to compare with; a line without a number
+says that none is known.
+"""
+
+import argparse
+import csv
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "experiment_scripts"
+TABLE = SCRIPTS / "published.csv"
+README = ROOT / "README.md"
+
+# Where a number was read: how the source is introduced in a script, and the sign behind the number in README.md.
+MARKS = {
+    "P": ("", ""),  # the text of a paper
+    "R": ("", ""),  # a README by the authors of a method
+    "S": ("as reported by ", "†"),  # a secondary source
+    "unverified": ("unverified: ", "‡"),  # nowhere; quoted from memory
+}
+IN_README = re.compile(r"(?<=<!-- published -->\n).*(?=<!-- /published -->)", re.S)
+IN_SCRIPT = re.compile(r"(?<=^#!/usr/bin/env bash\n)# .*\n# Published accuracy.*\n(#   .*\n)*")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One line of the table: a published accuracy of one row and shot in %, or that none is known."""
+
+    row: str  # the script's path below experiment_scripts/, without .sh
+    method: str
+    network: str
+    dataset: str  # as papers spell it
+    way: int
+    shot: int
+    accuracy: Decimal | None  # with the digits of the source
+    ci: Decimal | None  # the ± behind it
+    ci_kind: str  # what that ± is, which differs between papers
+    mark: str  # a key of MARKS
+    source: str
+    citation: str  # the method's paper
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the row is one of a head learner: trained once for all shots, tested without transduction."""
+        return self.row.partition("/")[0].endswith("way")
+
+    @property
+    def number(self) -> str:
+        return f"{self.accuracy}" if self.ci is None else f"{self.accuracy} ± {self.ci}"
+
+
+def read(path: Path = TABLE) -> list[Published]:
+    """Return the lines of the table in order; raise UserError with the number of a line that is damaged."""
+    published = []
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        for line in lines:
+            try:
+                numbers = {name: Decimal(line[name]) if line[name] else None for name in ("accuracy", "ci")}
+                counts = {name: int(line[name]) for name in ("way", "shot")}
+                values: dict[str, Any] = {**line, **numbers, **counts}
+                published.append(Published(**values))
+                if published[-1].accuracy is not None and published[-1].mark not in MARKS:
+                    raise ValueError(f"the mark is none of {', '.join(MARKS)}")
+            except (InvalidOperation, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}, line {lines.line_num} cannot be read ({error}); correct it") from error
+    return published
+
+
+def by_row(lines: Iterable[Published]) -> dict[str, list[Published]]:
+    """Return the lines of each row."""
+    rows: dict[str, list[Published]] = {}
+    for line in lines:
+        rows.setdefault(line.row, []).append(line)
+    return rows
+
+
+def header(lines: Sequence[Published]) -> str:
+    """Return the comment lines with which the script of a row starts: its title and its published accuracies."""
+    row = lines[0]
+    shot = "" if row.has_head else f" {row.shot}-shot"
+    numbers = [
+        f"{f'{line.shot}-shot ' if row.has_head else ''}{line.number} % ({MARKS[line.mark][0]}{line.source})"
+        for line in lines
+        if line.accuracy is not None
+    ]
+    accuracies = f"Published accuracy: {'; '.join(numbers) or 'none known'}."
+    wrapped = textwrap.fill(accuracies, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
+    return f"# {row.method}, {row.network}, {row.dataset} {row.way}-way{shot}: {row.citation}.\n{wrapped}\n"
+
+
+def tables(lines: Sequence[Published]) -> str:
+    """Return the Markdown tables of README.md: gradient learners, then head learners."""
+    gradient, head = ([line for line in lines if line.has_head == has_head] for has_head in (False, True))
+    legend = (
+        "† as reported by a secondary source; ‡ unverified, quoted from memory; the others: a paper or authors' README."
+    )
+    return f"{_table('gradient steps, transductive', gradient)}\n{_table('head, inductive', head)}\n{legend}\n"
+
+
+def _table(title: str, lines: Iterable[Published]) -> str:
+    """Return the first number of each method, network, data set and shot; methods without a number are left out."""
+    cells: dict[tuple[str, str], dict[str, dict[int, str]]] = {}
+    for line in lines:
+        if line.accuracy is not None:
+            cell = cells.setdefault((line.method, line.network), {}).setdefault(line.dataset, {})
+            cell.setdefault(line.shot, line.number + MARKS[line.mark][1])
+    datasets = list(dict.fromkeys(dataset for row in cells.values() for dataset in row))
+    rows = [[f"5-way 1-/5-shot, %: {title}", *datasets], ["---"] * (len(datasets) + 1)]
+    for names, row in cells.items():
+        rows.append([", ".join(names), *(_cell(row.get(dataset, {})) for dataset in datasets)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(numbers: dict[int, str]) -> str:
+    return " / ".join(numbers.get(shot, "–") for shot in (1, 5)) if numbers else "–"
+
+
+def write(lines: Sequence[Published]) -> None:
+    """Write the tables into README.md and the headers into the scripts; the rest of each file stays."""
+    README.write_text(IN_README.sub(tables(lines), README.read_text(encoding="utf-8")), encoding="utf-8")
+    for row, of_row in by_row(lines).items():
+        script = SCRIPTS / f"{row}.sh"
+        script.write_text(IN_SCRIPT.sub(header(of_row), script.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write README.md and the scripts instead of printing")
+    if parser.parse_args().write:
+        write(read())
+    else:
+        print(tables(read()), end="")
