@@ -21,7 +21,7 @@ HALF = torch.tensor(0.5)  # lies on the host, where a device takes single number
 
 
 class Draws(NamedTuple):
-    """What chance decides about n images."""
+    """The draws hold what chance decides about n images."""
 
     corners: np.ndarray  # (n, 2) int64: row and column of the crop in the padded image, 0..2*padding
     flips: np.ndarray  # (n,) bool
@@ -29,7 +29,7 @@ class Draws(NamedTuple):
     factors: np.ndarray  # (n, 3) float32: of brightness, contrast and saturation
 
     def take(self, images: np.ndarray) -> "Draws":
-        """Those of some of the images, in the order given."""
+        """Return the draws of some of the images, in this order."""
         return Draws(*(array[images] for array in self))
 
 
@@ -39,7 +39,7 @@ def crop_padding(image_height: int) -> int:
 
 
 def draw(seeds: Sequence[int], images_per_task: int, padding: int) -> Draws:
-    """For all images of the first task, then of the second and so on; each task has a seed of its own."""
+    """Draw for all images of the first task, then of the second and so on; each task has a seed of its own."""
     chances = np.concatenate([np.random.default_rng(seed).random((images_per_task, 7)) for seed in seeds])
     return Draws(
         corners=(chances[:, :2] * (2 * padding + 1)).astype(np.int64),
@@ -52,7 +52,7 @@ def draw(seeds: Sequence[int], images_per_task: int, padding: int) -> Draws:
 def augment(
     pixels: torch.Tensor, draws: Draws, padding: int, send: Callable[[np.ndarray], torch.Tensor]
 ) -> torch.Tensor:
-    """(n, H, W, C) uint8, C = 1 or 3 -> (n, C, H, W) float32 of whole numbers, 0..255.
+    """Turn (n, H, W, C) uint8, C = 1 or 3, into augmented (n, C, H, W) float32 of whole numbers, 0..255.
 
     `send` brings an array to the device of `pixels`; it is called once. The images that take the steps of the jitter
     in one order are worked on together. The host sorts them, so it never waits for the device.
@@ -75,13 +75,13 @@ def augment(
 
 
 def _first_pixels(images: np.ndarray, corners: np.ndarray, shape: torch.Size, padding: int) -> np.ndarray:
-    """Number of each crop's first pixel among the pixels of all images, padded as `_crop` does."""
+    """Return the number of each crop's first pixel among the pixels of all images, padded as `_crop` does."""
     _, height, width, _ = shape
     return (images * (height + 2 * padding + 1) + corners[:, 0]) * (width + 2 * padding) + corners[:, 1]
 
 
 def _crop(pixels: torch.Tensor, first_pixels: torch.Tensor, padding: int) -> torch.Tensor:
-    """(crops, C, H, W) float32 from images (n, H, W, C) uint8 with a black border.
+    """Return (crops, C, H, W) float32 from images (n, H, W, C) uint8 with a black border.
 
     A crop is copied in one piece: H rows of the padded image, counted from its first pixel. The last of them ends up
     to 2*padding pixels beyond the others, hence one more row below.
@@ -109,7 +109,7 @@ def _jitter(images: torch.Tensor, step: int, factor: torch.Tensor) -> None:
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
-    """(n, 1, H, W), rounded."""
+    """Return the grey values, rounded, as (n, 1, H, W)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)

@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
 
 class Episodes:
-    """The fixed, endless sequence of tasks of one split: task i depends on (seed, i) only.
+    """Episodes are the fixed, endless sequence of tasks of one split: task i depends on (seed, i) only.
 
     Images are scaled to [0, 1] and, if `mean` and `std` (one number per channel) are given, normalised.
     With `rotate_classes`, a class turned by 0, 90, 180 or 270 degrees counts as four: each class of a task comes

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from augmentation import JITTER, augment, draw  # noqa: E402
 from benchmarks.iteration import machine  # noqa: E402
 from utils.devices import keep_freed_memory  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 TASKS = 8
 CASES = ((32, 4, 55), (84, 8, 105))  # pixels, padding, images of a task
@@ -116,16 +117,13 @@ def main() -> None:
     keep_freed_memory()  # as in training
     where = machine(options.device)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print("pixels images result      torchvision ms    ours ms   torchvision/ours")
-    rows = []
-    for case in CASES:
-        for row in measure(*case, options):
-            rows.append(row)
-            lowest, median, highest = row["torchvision_over_ours"]
-            print(
-                f"{row['pixels']:6} {row['images']:6} {row['result']:10} {row['torchvision_ms']:15.2f} "
-                f"{row['ours_ms']:10.2f} {median:8.1f} ({lowest} .. {highest})"
-            )
+    rows = [row for case in CASES for row in measure(*case, options)]
+    table = [["result", "pixels", "images", "torchvision ms", "ours ms", "torchvision/ours"]]
+    for row in rows:
+        lowest, median, highest = row["torchvision_over_ours"]
+        cells = (row[name] for name in ("result", "pixels", "images", "torchvision_ms", "ours_ms"))
+        table.append([*cells, f"{median} ({lowest} .. {highest})"])
+    print(*aligned(table), sep="\n")
     kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
     file = ROOT / "benchmarks" / "results" / f"augmentation_{kind}.json"
     file.parent.mkdir(exist_ok=True)

@@ -34,6 +34,7 @@ from data import Episodes  # noqa: E402
 from utils.devices import keep_freed_memory  # noqa: E402
 from utils.image_cache import open_split  # noqa: E402
 from utils.images import list_classes  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 SHAPE = (3, 84, 84)
 WAY, SHOT, QUERY = 5, 5, 15
@@ -148,27 +149,20 @@ def main() -> None:
 
 
 def measure(folder: Path, episodes: int) -> dict[str, list[dict[str, Any]]]:
-    """Print the tables row by row; returns them."""
+    """Measure everything, print the tables and return them."""
     tables: dict[str, list[dict[str, Any]]] = {"builds": [], "episodes": [], "memory": []}
-    building = (
-        "{files:>16} {images:7} {images_per_second:8.0f} {projected_minutes:20.1f} {process_mb:11.0f} {worker_mb:14.0f}"
-    )
-    heading = f"{'files':>16}  images images/s  minutes for {TIERED:,}  process MB  a worker's MB"
-    print(f"building the cache of 84x84 images\n{heading}")
     for name, layout in SOURCES.items():
         kilobytes = write_jpegs(folder / name / "train", *layout)
         tables["builds"].append(build_apart(folder, name, 84) | {"file_kb": round(kilobytes, 1)})
-        print(building.format(**tables["builds"][-1]), f"({kilobytes:.0f} kB a file)")
-    print(f"building caches of small images\n{heading}")
     for name, layout in SMALL.items():
         write_jpegs(folder / name / "train", *layout)
         tables["memory"].append(build_apart(folder, name, 16))
-        print(building.format(**tables["memory"][-1]))
-    print(f"episodes from the warm cache\n{'files':>16}  official ms   ours ms   official/ours")
-    for name in SOURCES:
-        tables["episodes"].append(row := sample(folder, name, episodes))
-        lowest, median, highest = row["official_over_ours"]
-        print(f"{name:>16} {row['official_ms']:12.1f} {row['ours_ms']:9.2f} {median:8.0f} ({lowest} .. {highest})")
+    tables["episodes"] = [sample(folder, name, episodes) for name in SOURCES]
+    print(f"building caches; projected_minutes are for {TIERED:,} images")
+    for name in ("builds", "memory"):
+        print(*aligned([list(tables[name][0]), *(list(row.values()) for row in tables[name])]), sep="\n")
+    print("episodes from the warm cache; lowest, median and highest ratio")
+    print(*aligned([list(tables["episodes"][0]), *(list(row.values()) for row in tables["episodes"])]), sep="\n")
     return tables
 
 

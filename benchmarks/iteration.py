@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from few_shot_learning_system import MAMLFewShotClassifier  # noqa: E402
 from tests.naive_reference import naive_loss  # noqa: E402
 from utils.devices import keep_freed_memory, peak_memory_gib  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 WARM_UP, ITERATIONS = 1, 3  # in each process
 BATCH_SIZES = {1: 4, 5: 2}  # shot -> meta-batch, as in the published recipe
@@ -108,16 +109,13 @@ def main() -> None:
     print(
         f"{options.size}x{options.size}, {options.filters} filters, 5-way, 15 targets, 5 steps, second order{threads}"
     )
-    print("method   shot tasks   ours s  naive s         naive/ours  ours GiB naive GiB")
-    rows = []
-    for method in ("CxGrad", "MAML"):
-        for shot in options.shots:
-            rows.append(row := in_turns(method, shot, options))
-            ratios = "{} .. {}".format(row["naive_over_ours"][0], row["naive_over_ours"][-1])
-            print(
-                f"{method:8} {shot:4} {row['tasks']:5} {row['ours_seconds']:8.3f} {row['naive_seconds']:8.3f} "
-                f"{ratios:>18} {row['ours_peak_gib']:9.2f} {row['naive_peak_gib']:9.2f}"
-            )
+    rows = [in_turns(method, shot, options) for method in ("CxGrad", "MAML") for shot in options.shots]
+    names = ("method", "shot", "tasks", "ours_seconds", "naive_seconds", "ours_peak_gib", "naive_peak_gib")
+    table = [
+        [*(row[name] for name in names), f"{min(row['naive_over_ours'])} .. {max(row['naive_over_ours'])}"]
+        for row in rows
+    ]
+    print(*aligned([[*names, "naive/ours"], *table]), sep="\n")
     settings = {name: value for name, value in vars(options).items() if name != "child"}
     kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
     file = ROOT / "benchmarks" / "results" / f"iteration_{options.size}_{kind}.json"

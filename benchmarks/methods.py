@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.iteration import machine  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 EPOCHS = 3
 METHODS = ["ALFA", "ALFA_L2F", "ALFA_random_init", "ANIL", "BOIL", "CxGrad", "L2F", "MAMLpp", "MetaSGD", "maml"]
@@ -72,19 +73,19 @@ def main() -> None:
     where = machine(options.gpu)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"glyphs 5-way 1-shot, {options.iterations} iterations, {options.tasks} test tasks, seeds {options.seeds}")
-    print("method               single best, %         ensemble, %   seconds")
-    rows = []
+    rows, table = [], [["method", "single best, %", "ensemble, %", "seconds"]]
     for method in METHODS:
         of_method = [run for (job, _), run in zip(jobs, runs, strict=True) if job == method]
         row: dict[str, Any] = {"method": method, "runs": of_method}
-        cells = []
+        cells = [method]
         for kind in ("accuracy", "ensemble"):
             values = [100 * run[kind] for run in of_method]
             row[kind] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
-            cells.append(f"{row[kind]['mean']:6.2f} ± {row[kind]['std']:5.2f}")
+            cells.append(f"{row[kind]['mean']:.2f} ± {row[kind]['std']:.2f}")
         rows.append(row)
         seconds = statistics.mean(run["seconds"] for run in of_method)
-        print(f"{method:20} {cells[0]:>15} {cells[1]:>20} {seconds:9.0f}")
+        table.append([*cells, f"{seconds:.0f}"])
+    print(*aligned(table), sep="\n")
     settings = {"iterations": options.iterations, "tasks": options.tasks, "seeds": options.seeds, "jobs": options.jobs}
     file = ROOT / "benchmarks" / "results" / f"methods_glyphs_{options.gpu}.json"
     file.parent.mkdir(exist_ok=True)

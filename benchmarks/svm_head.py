@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from benchmarks.iteration import machine  # noqa: E402
 from classification_heads import ClassificationHead, one_hot_of_ranks  # noqa: E402
 from qp_solvers import solve_crammer_singer  # noqa: E402
 from utils.devices import keep_freed_memory  # noqa: E402
+from utils.tables import aligned  # noqa: E402
 
 TASKS, WAY, QUERY, C = 8, 5, 6, 0.1  # as in MetaOptNet's training; queries per class
 KINDS = {"apart": (1.0, 0.5), "mixed": (0.3, 1.0), "positive": (0.3, 0.6)}  # size of class means, of noise
@@ -155,13 +155,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double().cpu() - expected).abs().max() / expected.abs().max())
 
 
-def line(row: dict[str, Any], show: Callable[[float], str] = "{:.0e}".format) -> str:
-    errors = [f"{show(row[f'{n}_logits_error'])} {show(row[f'{n}_gradient_error'])}" for n in SOLVERS]
-    return (
-        f"{row['kind']:8} {row['shot']:4} {row['dim']:5} {row['structured_ms']:10.2f} {row['qpth32_ms']:8.1f} "
-        f"{row['qpth64_ms']:8.1f} {row['qpth32_over_structured']:6.1f} {row['qpth64_over_structured']:6.1f}   "
-        + "   ".join(errors)
-    )
+COLUMNS = ["embeddings", "shot", "dim", *(f"{name} ms" for name in SOLVERS), "qpth32/ours", "qpth64/ours"]
+COLUMNS += [f"{name} errors" for name in SOLVERS]  # of the logits and of the support's gradient
+
+
+def cells(row: dict[str, Any]) -> list[object]:
+    ratios = [row[f"{name}_over_structured"] for name in ("qpth32", "qpth64")]
+    errors = [f"{row[f'{name}_logits_error']:.0e} {row[f'{name}_gradient_error']:.0e}" for name in SOLVERS]
+    return [row["kind"], row["shot"], row["dim"], *(row[f"{name}_ms"] for name in SOLVERS), *ratios, *errors]
 
 
 def main() -> None:
@@ -179,14 +180,8 @@ def main() -> None:
     where = machine(options.device)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"SVM-CS, {TASKS} tasks, {WAY}-way, {QUERY} queries per class, {options.threads} threads, forward + backward")
-    print("                          ms                   qpth / ours    errors of logits and support gradient")
-    print("embed.   shot   dim structured   qpth32   qpth64   f32    f64    structured      qpth32          qpth64")
-    rows = []
-    for dim in options.dims:
-        for shot in options.shots:
-            for kind in KINDS:
-                rows.append(row := measure(kind, shot, dim, options))
-                print(line(row), flush=True)
+    rows = [measure(kind, shot, dim, options) for dim in options.dims for shot in options.shots for kind in KINDS]
+    print(*aligned([COLUMNS, *map(cells, rows)]), sep="\n")
     kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
     file = ROOT / "benchmarks" / "results" / f"svm_head_{kind}.json"
     file.parent.mkdir(exist_ok=True)

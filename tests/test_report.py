@@ -1,19 +1,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from utils import report
 from utils.errors import UserError
+from utils.options import Options
 from utils.report import draw, short_name, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV_HEADER = (
     "epoch,iterations,train_loss,train_accuracy,val_loss,val_accuracy,val_ci95_per_episode,learning_rate,seconds"
 )
+HEAD: dict[str, object] = {"learner": "head", "test_shots": "1,5"}
 GREEN, RED = (46, 158, 91), (208, 52, 44)
 
 
@@ -45,6 +49,10 @@ def result(dataset: str, accuracy: float, ensemble: bool = False, **changes: obj
 
 def write_results(folder: Path, *results: dict[str, object]) -> None:
     (folder / "logs" / "test_summary.json").write_text(json.dumps(results))
+
+
+def write_options(folder: Path, **changes: object) -> None:
+    (folder / "logs" / "options.json").write_text(json.dumps(asdict(Options()) | changes))
 
 
 def write_episode(
@@ -136,14 +144,32 @@ def test_before_the_meta_test_the_text_says_how_to_test(folder: Path) -> None:
     assert "TEST=1 bash experiment_scripts/" in write_report(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "script"),
+    [
+        (HEAD | {"experiment_name": "MetaOptNet_SVM_resnet12"}, "CIFAR_FS_5way/MetaOptNet_SVM_resnet12.sh"),
+        (HEAD | {"experiment_name": "R2D2_resnet12"}, "any.sh R2D2_resnet12 CIFAR_FS 1,5"),
+        ({"experiment_name": "CxGrad_4conv"}, "CIFAR_FS_5way_5shot/CxGrad_4conv.sh"),
+        ({"experiment_name": "CxGrad_4conv", "dataset_name": "cifar-fs"}, "CIFAR_FS_5way_5shot/CxGrad_4conv.sh"),
+        ({"experiment_name": "BOIL_4conv", "dataset_name": "mine"}, "any.sh BOIL_4conv mine 5"),
+        ({"experiment_name": "my_own"}, "any.sh METHOD DATASET SHOT"),
+    ],
+)
+def test_the_script_is_named_by_the_options_wherever_the_folder_lies(
+    folder: Path, changes: dict[str, object], script: str
+) -> None:
+    write_options(folder, **{"dataset_name": "CIFAR_FS", "num_samples_per_class": 5} | changes)
+    assert f"TEST=1 bash experiment_scripts/{script} GPU_ID" in write_report(folder)
+
+
 # ---------------------------------------------------------------- errors
 
 
 def test_missing_csv_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     folder = tmp_path / "nothing_5way1shot" / "here"
-    for report in (lambda: write_report(folder), lambda: draw(folder, tmp_path / "report.png")):
+    for make in (lambda: write_report(folder), lambda: draw(folder, tmp_path / "report.png")):
         with pytest.raises(UserError, match=r"here/logs/summary_statistics.csv.*bash experiment_scripts/.*GPU_ID"):
-            report()
+            make()
 
 
 def test_csv_without_a_finished_epoch_is_an_error(folder: Path) -> None:
@@ -157,6 +183,9 @@ def test_csv_without_a_finished_epoch_is_an_error(folder: Path) -> None:
     [
         ("logs/summary_statistics.csv", "epoch,iterations\n1,2\n"),
         ("logs/summary_statistics.csv", CSV_HEADER + "\n1,500,1.2\n"),
+        ("logs/options.json", '{"test_way": 5'),
+        ("logs/options.json", "[5]"),
+        ("logs/options.json", "{}"),
         ("logs/test_summary.json", '[{"dataset": "glyphs"'),
         ("logs/test_summary.json", '[{"dataset": "glyphs"}]'),
         ("visual_outputs/sample_episode_glyphs.npz", "PK\x03\x04 cut short"),
@@ -173,7 +202,7 @@ def test_damaged_file_is_named(folder: Path, name: str, content: str) -> None:
 
 def test_picture_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "visual_outputs").write_text("a file where the folder belongs")
-    with pytest.raises(UserError, match="cannot write the picture"):
+    with pytest.raises(UserError, match=r"cannot write .*report.png"):
         draw(folder, folder / "visual_outputs" / "report.png")
 
 
@@ -196,6 +225,19 @@ def test_picture_without_an_episode_is_the_curve_alone(folder: Path) -> None:
     assert pixels.shape[1] == pytest.approx(150 * 5.5, abs=1)
     validation = (pixels == (31, 95, 168)).all(2)
     assert validation.sum() > 500
+
+
+@pytest.mark.parametrize(("test_way", "chance"), [(None, 20), (10, 10)])
+def test_chance_is_that_of_the_validation_whatever_the_folder_is_called(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, test_way: int | None, chance: float
+) -> None:
+    drawn_with = []
+    monkeypatch.setattr(report, "_draw_curve", lambda axes, epochs, chance: drawn_with.append(chance))
+    write_options(folder, num_classes_per_set=5, test_way=test_way)
+    for name in ("glyphs_5way1shot", "my_folder", "glyphs_99way"):
+        folder = folder.parent.rename(folder.parent.parent / name) / folder.name
+        draw(folder, folder / "report.png")
+    assert drawn_with == [chance] * 3
 
 
 def test_picture_prefers_the_data_set_trained_on(folder: Path) -> None:

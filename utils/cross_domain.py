@@ -2,34 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from utils.files import replace_file, write_csv
+from utils.tables import aligned
 
 CELL = (1.5, 0.7)  # inches
 LABELS = 2.6, 1.1  # inches left of the cells and above them
 
 
 def write_cross_domain(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """FOLDER/logs/cross_domain.csv and FOLDER/visual_outputs/cross_domain.png; returns the table as text.
+    """Write FOLDER/logs/cross_domain.csv and FOLDER/visual_outputs/cross_domain.png, and return the table as text.
 
     `results` are those of `meta_test`; accuracies come in %, with the 95 % CI per episode.
     """
-    rows = list(dict.fromkeys(map(_row, results)))
-    columns = list(dict.fromkeys(result["dataset"] for result in results))
     found = {(_row(result), result["dataset"]): result for result in results}
-    cells = [[_cell(found[row, column]) for column in columns] for row in rows]
-    table = [{"model": row} | dict(zip(columns, line, strict=True)) for row, line in zip(rows, cells, strict=True)]
-    write_csv(folder / "logs" / "cross_domain.csv", table)
-    accuracies = np.array([[100 * found[row, column]["accuracy"] for column in columns] for row in rows])
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    table = [[row, *(_cell(found[row, column]) for column in columns)] for row in rows]
+    header = ["model", *columns]
+    write_csv(folder / "logs" / "cross_domain.csv", [dict(zip(header, line, strict=True)) for line in table])
     file = folder / "visual_outputs" / "cross_domain.png"
     title = f"Trained on {results[0]['trained_on']}, {results[0]['way']}-way; accuracy in % ± 95 % CI per episode"
     with replace_file(file) as handle:
-        _draw(handle, title, rows, columns, accuracies, cells)
-    lines = [["", *columns], *([row, *line] for row, line in zip(rows, cells, strict=True))]
-    return "\n".join([title, *_aligned(lines), f"Picture: {file}"])
+        _draw(handle, title, columns, table, [[found[row, column]["accuracy"] for column in columns] for row in rows])
+    return "\n".join([title, *aligned([["", *columns], *table]), f"Picture: {file}"])
 
 
 def _row(result: Mapping[str, Any]) -> str:
@@ -41,33 +37,27 @@ def _cell(result: Mapping[str, Any]) -> str:
     return f"{100 * result['accuracy']:.2f} ± {100 * result['ci95_per_episode']:.2f}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return ["   ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip() for line in lines]
-
-
 def _draw(
-    handle: Any,
+    handle: IO[bytes],
     title: str,
-    rows: Sequence[str],
     columns: Sequence[str],
-    accuracies: np.ndarray,
-    cells: Sequence[Sequence[str]],
+    table: Sequence[Sequence[str]],
+    accuracies: Sequence[Sequence[float]],
 ) -> None:
+    """Draw the table, a row's name first in each of its lines, with cells coloured by the accuracies in [0, 1]."""
     from matplotlib.figure import Figure  # slow to import, and not needed by those who test on one data set
 
-    width, height = LABELS[0] + CELL[0] * len(columns) + 0.2, LABELS[1] + CELL[1] * len(rows) + 0.2
-    figure = Figure(figsize=(max(width, 8), height), dpi=150)
-    axes = figure.add_axes(
-        (LABELS[0] / max(width, 8), 0.2 / height, CELL[0] * len(columns) / max(width, 8), CELL[1] * len(rows) / height)
-    )
-    axes.imshow(accuracies, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    wide, high = CELL[0] * len(columns), CELL[1] * len(table)
+    width, height = max(LABELS[0] + wide + 0.2, 8), LABELS[1] + high + 0.2
+    figure = Figure(figsize=(width, height), dpi=150)
+    axes = figure.add_axes((LABELS[0] / width, 0.2 / height, wide / width, high / height))
+    axes.imshow(accuracies, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, parse_math=False)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(table)), [row for row, *_ in table])
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    for row, line in enumerate(cells):
-        for column, text in enumerate(line):
-            colour = "white" if accuracies[row, column] > 60 else "black"
+    for row, (_, *cells) in enumerate(table):
+        for column, text in enumerate(cells):
+            colour = "white" if accuracies[row][column] > 0.6 else "black"
             axes.text(column, row, text, ha="center", va="center", color=colour, size=9)
-    figure.text(0.1 / max(width, 8), 1 - 0.3 / height, title, size=10, weight="bold", va="center", parse_math=False)
+    figure.text(0.1 / width, 1 - 0.3 / height, title, size=10, weight="bold", va="center", parse_math=False)
     figure.savefig(handle, format="png")

@@ -1,17 +1,21 @@
 """Which device a process computes on, and the settings that make it fast there."""
 
 import ctypes
+import logging
 import os
+import sys
 
 import torch
 
 from utils.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def choose_device(gpu: str | None) -> torch.device:
-    """The device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
+    """Return the device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
 
-    None takes the first GPU if there is one. Raises UserError for an id that this machine does not have.
+    With None it is the first GPU if there is one. Raises UserError for an id that this machine does not have.
     """
     if gpu is None:
         gpu = "0" if torch.cuda.is_available() else "cpu"
@@ -42,7 +46,7 @@ def prepare_device(device: torch.device, tf32: bool = False) -> None:
 
 
 def gpu_ids(gpu: str) -> list[int]:
-    """The ids in "0,1"; raises UserError for one that this machine does not have."""
+    """Return the ids in "0,1"; raises UserError for one that this machine does not have."""
     ids, count = [part.strip() for part in gpu.split(",")], torch.cuda.device_count()
     if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
         there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
@@ -53,18 +57,19 @@ def gpu_ids(gpu: str) -> list[int]:
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks instead of returning them to the system: every iteration allocates the same ones."""
     try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library, which has no such thresholds
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library, which has no such settings
         return
-    trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
-    libc.mallopt(mmap_threshold, largest)
-    libc.mallopt(trim_threshold, largest)
+    trim_threshold, mmap_max = -1, -4  # not the threshold of mmap, which older versions limit to 32 MiB
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
+        log.warning("the C library refuses to keep freed memory; iterations on the CPU take longer")
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
+    """Return the most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30

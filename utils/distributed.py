@@ -1,6 +1,5 @@
 """One process per device, started by torchrun; without torchrun every function here does nothing."""
 
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,8 +26,6 @@ def processes(device: torch.device) -> Iterator[None]:
             dist.init_process_group("nccl", timeout=patience, device_id=device)
         else:
             dist.init_process_group("gloo", timeout=patience)
-    if not is_main():
-        logging.disable(logging.WARNING)  # the main process says it
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ def only_process(folder: Path, purpose: str | None = None) -> Iterator[None]:
 
 
 def _temporary_file(path: Path) -> IO[bytes]:
-    """A new file beside `path`, locked so that `_remove_leftovers` knows that its writer is alive."""
+    """Return a new file beside `path`, locked so that `_remove_leftovers` knows that its writer is alive."""
     while True:
         file = path.with_name(f".{path.name}.{uuid4().hex}.partial").open("xb")
         with suppress(OSError):  # a file system without locks

@@ -33,7 +33,7 @@ Cached = tuple[np.ndarray, dict[str, Any]]  # images (N, H, W, C) and the JSON f
 
 @dataclass
 class Split:
-    """The images of one split; class k is images[class_starts[k] : class_starts[k + 1]]."""
+    """A split holds its images class by class; class k is images[class_starts[k] : class_starts[k + 1]]."""
 
     images: np.ndarray  # (N, H, W, C) uint8, a read-only memory map
     class_names: list[str]  # sorted

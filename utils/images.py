@@ -37,7 +37,7 @@ NOT_IMAGES = {
 
 
 class Listing(NamedTuple):
-    """What a folder of class folders holds."""
+    """A listing names what a folder of class folders holds."""
 
     root: Path
     class_sizes: dict[str, int]  # classes sorted by name
@@ -68,7 +68,7 @@ def list_classes(root: Path) -> Listing:
 
 
 def _children(folder: Path) -> list[os.DirEntry[str]]:
-    """What is visible in a folder, sorted by name."""
+    """Return what is visible in a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX", "Icon\r"))]
@@ -78,24 +78,24 @@ def _children(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_broken_link(entry: os.DirEntry[str]) -> bool:
-    """Kept in the listing, so that it ends in an error that names it and not in a silent loss."""
+    """Return whether an entry is a link to nothing; the listing keeps it, so that an error names it later."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _may_be_image(entry: os.DirEntry[str]) -> bool:
-    """Regular files only: to open a named pipe would block for ever."""
+    """Return whether an entry is a regular file that may be an image; opening a named pipe would block for ever."""
     is_file = entry.is_file() or _is_broken_link(entry)
     return is_file and os.path.splitext(entry.name)[1].lower() not in NOT_IMAGES
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Of the files that are read, such as ".png", in lower case."""
+    """Return the suffixes of the files that are read, such as ".png", in lower case."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS)
 
 
 def open_image(source: Path | IO[bytes]) -> Image.Image:
-    """As Image.open, for IMAGE_FORMATS only. ValueError for an image of more pixels than Pillow finds sane."""
+    """Open an image of IMAGE_FORMATS; raises ValueError for one of more pixels than Pillow finds sane."""
     image = Image.open(source, formats=IMAGE_FORMATS)
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         image.close()
@@ -104,13 +104,13 @@ def open_image(source: Path | IO[bytes]) -> Image.Image:
 
 
 def plain_image(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Upright, 8 bits per channel, transparency on white; grey for one channel, else RGB."""
+    """Return the image upright, 8 bits per channel, transparency on white; grey for one channel, else RGB."""
     ImageOps.exif_transpose(image, in_place=True)
     return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
 
 
 def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
-    """(H, W, C) uint8 of the plain image. Raises whatever Pillow does on a damaged file."""
+    """Return the plain image as (H, W, C) uint8; raises whatever Pillow does on a damaged file."""
     channels, height, width = shape
     with open_image(path) as image:
         plain = plain_image(image, channels)
@@ -120,7 +120,7 @@ def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Opaque, with 8 bits per channel."""
+    """Return the image opaque, with 8 bits per channel."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point, of unknown range; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
@@ -141,7 +141,7 @@ class Decoded(NamedTuple):
 
 
 def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) -> Generator[Decoded, None, None]:
-    """All images in the listing's order, about 1 MiB at a time."""
+    """Yield all images in the listing's order, about 1 MiB at a time."""
     size = max(1, min(256, 2**20 // math.prod(shape)))
     yield from in_processes(functools.partial(_decode, listing.root, shape), listing, size, workers)
 
@@ -149,7 +149,7 @@ def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) 
 def in_processes(
     work: Callable[[list[str]], Result], listing: Listing, size: int, workers: int | None = None
 ) -> Generator[Result, None, None]:
-    """`work` on `size` files of the listing at a time, results in order; by default one process per usable CPU.
+    """Yield the results, in order, of `work` on `size` files at a time; by default with a process per usable CPU.
 
     Only a few pieces per worker are under way at once, so memory stays flat however many images there are.
     """
@@ -174,7 +174,7 @@ def in_processes(
 
 
 def in_order(submitted: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
-    """Like a pool's map, but at most `ahead` pieces are under way or wait for a slow consumer: memory stays flat."""
+    """Yield results as a pool's map does, but at most `ahead` pieces are under way or wait for a slow consumer."""
     pending: deque[Future[Result]] = deque()
     for future in submitted:
         pending.append(future)
@@ -209,5 +209,5 @@ def _end_with(parent: int) -> None:
     """Have Linux kill this worker when its parent is killed; it would otherwise wait for work for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # killed before the line above, which then asks for nothing
+        if os.getppid() != parent:  # killed before the line above took effect
             os._exit(1)

@@ -13,7 +13,7 @@ from utils import distributed
 
 
 class AboveBar(logging.Handler):
-    """A handler that writes a message above the progress bar, to the present stdout, in the main process only."""
+    """This handler writes a message above the progress bar, to the present stdout, in the main process only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if distributed.is_main():
@@ -32,7 +32,7 @@ def set_up_logging() -> None:
 
 
 def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":
-    """A bar on a terminal, nothing elsewhere and nothing in processes that do not print."""
+    """Return a bar that shows itself on a terminal only, and in the main process only."""
     hidden = None if distributed.is_main() else True
     return tqdm(total=total, initial=initial, desc=title, leave=False, disable=hidden)
 
@@ -40,17 +40,17 @@ def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """While inside, Ctrl-C and SIGTERM put an exit status into the list; a second signal acts as it usually does."""
-    asked: list[int] = []
+    requests: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: object) -> None:
-        asked.append(128 + number)
+        requests.append(128 + number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

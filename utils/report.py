@@ -10,10 +10,10 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,10 +22,14 @@ if __name__ == "__main__":  # a script finds modules beside itself only; ours ar
 
 from utils import entry
 from utils.errors import UserError
+from utils.files import replace_file
+from utils.names import canonical_name
+from utils.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 6  # support and query images of a class in the picture, at most
 CELL = 0.8  # inches from one image of an episode to the next
 NAME, GAP = 1.85, 0.3  # widths in cells: of a class name; between support and query images
@@ -34,7 +38,7 @@ SUPPORT, RIGHT, WRONG = "#374151", "#2e9e5b", "#d0342c"
 
 
 class Epoch(NamedTuple):
-    """A row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
+    """An epoch is a row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
 
     epoch: float
     iterations: float  # since the start of training
@@ -44,44 +48,32 @@ class Epoch(NamedTuple):
     seconds: float
 
 
+class Setup(NamedTuple):
+    """The setup is what options.json says of the training and its validation."""
+
+    dataset_name: str
+    experiment_name: str
+    learner: str
+    num_classes_per_set: int
+    num_samples_per_class: int
+    test_way: int | None
+    test_shots: str | None
+
+
 class Result(NamedTuple):
-    """An entry of test_summary.json; accuracy and CIs are in [0, 1]."""
+    """A result is an entry of test_summary.json in words, accuracy and CI in %."""
 
     dataset: str
-    model: str
-    checkpoints: list[str]
-    accuracy: float
-    ci95_per_episode: float
-    ci95_per_query: float
-    split: str
-    episodes: int
-    way: int
-    shot: int
-    query: int
-    steps: int | None  # of the inner loop
-    batch_norm: str
-    seed: int
     trained_on: str
-    head: str | None = None
-
-    @property
-    def protocol(self) -> str:
-        method = f"{self.head} head" if self.head else f"{self.steps} inner steps"
-        return (
-            f"Meta-test: {self.episodes:,} episodes of the {self.split} split, "
-            f"{self.way}-way {self.shot}-shot, {self.query} query images per class,\n"
-            f"{method}, {self.batch_norm} batch norm, seed {self.seed}; "
-            f"chance level {100 / self.way:.2f} %"
-        )
-
-    @property
-    def cells(self) -> tuple[str, str]:
-        accuracy = f"{100 * self.accuracy:.2f} ± {100 * self.ci95_per_episode:.2f} %"
-        return accuracy, f"± {100 * self.ci95_per_query:.2f} %"
+    model: str
+    checkpoints: str
+    accuracy: str  # with the CI per episode
+    ci95_per_query: str
+    protocol: str
 
 
 class Episode(NamedTuple):
-    """A task and the model's answers."""
+    """An episode is a task and the model's answers."""
 
     support: np.ndarray  # (way, shot, H, W, C) uint8
     query: np.ndarray  # (way, query, H, W, C) uint8
@@ -92,8 +84,18 @@ class Episode(NamedTuple):
 # ---------------------------------------------------------------- what the experiment left
 
 
+def read_setup(folder: Path) -> Setup | None:
+    """Return how the experiment is trained; None before it has begun. Raises UserError if the file is damaged."""
+    path = folder / "logs" / "options.json"
+    if not path.is_file():
+        return None
+    with _damage_named(path):
+        options = json.loads(path.read_text())
+        return Setup(*(options[name] for name in Setup._fields))
+
+
 def read_epochs(folder: Path) -> list[Epoch]:
-    """Finished epochs; raises UserError where there is none or the file is damaged."""
+    """Return the finished epochs; raises UserError where there is none or the file is damaged."""
     path = folder / "logs" / "summary_statistics.csv"
     if not path.is_file():
         raise UserError(f"there is no {path}: no epoch is finished. To train: {_command(folder)}")
@@ -105,19 +107,29 @@ def read_epochs(folder: Path) -> list[Epoch]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Results of the meta-tests, none before the first; raises UserError if the file is damaged."""
+    """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
     path = folder / "logs" / "test_summary.json"
     if not path.is_file():
         return []
     with _damage_named(path):
-        return [
-            Result(**{name: entry[name] for name in Result._fields if name != "head" or name in entry})
-            for entry in json.loads(path.read_text())
-        ]
+        return [_in_words(entry) for entry in json.loads(path.read_text())]
+
+
+def _in_words(entry: Mapping[str, Any]) -> Result:
+    method = f"{entry['head']} head" if entry.get("head") else f"{entry['steps']} inner steps"
+    protocol = (
+        f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
+        f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
+        f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
+    )
+    accuracy = f"{100 * entry['accuracy']:.2f} ± {100 * entry['ci95_per_episode']:.2f} %"
+    per_query = f"± {100 * entry['ci95_per_query']:.2f} %"
+    checkpoints = ", ".join(entry["checkpoints"])
+    return Result(entry["dataset"], entry["trained_on"], entry["model"], checkpoints, accuracy, per_query, protocol)
 
 
 def read_episode(folder: Path) -> tuple[str, Episode] | None:
-    """Name and sample episode of the data set trained on, else of the first; UserError for a damaged file."""
+    """Return name and sample episode of the data set trained on, else of the first; UserError for a damaged file."""
     paths = sorted((folder / "visual_outputs").glob("sample_episode_*.npz"))
     if not paths:
         return None
@@ -140,12 +152,18 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _command(folder: Path) -> str:
-    """The script that trains this experiment; the pattern of such names where it has none of its own."""
-    task = re.sub(r"way(?=\d+shot$)", "way_", folder.resolve().parent.name)
-    script = Path("experiment_scripts", task, f"{folder.resolve().name}.sh")
-    if not (Path(__file__).resolve().parents[1] / script).is_file():
-        script = Path("experiment_scripts/DATASET_Nway_Kshot/METHOD_BACKBONE.sh")
-    return f"bash {script} GPU_ID"
+    """Return the command that trains this experiment, or the pattern of such commands where its name says no method."""
+    script = "any.sh METHOD DATASET SHOT"
+    if setup := read_setup(folder):
+        dataset, head = canonical_name(setup.dataset_name), setup.learner == "head"
+        task = f"{dataset}_{setup.num_classes_per_set}way" + ("" if head else f"_{setup.num_samples_per_class}shot")
+        own = f"{task}/{setup.experiment_name}.sh"
+        if (ROOT / "experiment_scripts" / own).is_file():
+            script = own
+        elif re.search("_(4conv|resnet12|conv64|r2d2net)$", setup.experiment_name):
+            shot = setup.test_shots if head else setup.num_samples_per_class
+            script = f"any.sh {setup.experiment_name} {dataset} {shot}"
+    return f"bash experiment_scripts/{script} GPU_ID"
 
 
 def _title(folder: Path) -> str:
@@ -160,7 +178,7 @@ def _best(epochs: Sequence[Epoch]) -> Epoch:
 
 
 def write_report(folder: Path) -> str:
-    """The closing table of an experiment, accuracies in %; raises UserError if no epoch is finished."""
+    """Return the closing table of an experiment, accuracies in %; raises UserError if no epoch is finished."""
     epochs, results = read_epochs(folder), read_results(folder)
     best, last = _best(epochs), epochs[-1]
     lines = [
@@ -177,9 +195,9 @@ def write_report(folder: Path) -> str:
 
 
 def _table(results: Sequence[Result]) -> list[str]:
-    """A row for each data set, two columns for each model; then the checkpoints behind the models."""
+    """Return a row for each data set, two columns for each model; then the checkpoints behind the models."""
     models = list(dict.fromkeys(result.model for result in results))
-    cells = {(result.dataset, result.model): result.cells for result in results}
+    cells = {(result.dataset, result.model): (result.accuracy, result.ci95_per_query) for result in results}
     rows = [
         ["", *(text for model in models for text in (model, ""))],
         ["", *["accuracy ± 95 % CI", "± 95 % CI"] * len(models)],
@@ -187,10 +205,8 @@ def _table(results: Sequence[Result]) -> list[str]:
     ]
     for name in dict.fromkeys(result.dataset for result in results):
         rows.append([name, *(text for model in models for text in cells.get((name, model), ("–", "–")))])
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ["   ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
-    checkpoints = dict.fromkeys(f"{result.model}: {', '.join(result.checkpoints)}" for result in results)
-    return [*lines, "", *checkpoints]
+    checkpoints = dict.fromkeys(f"{result.model}: {result.checkpoints}" for result in results)
+    return [*aligned(rows), "", *checkpoints]
 
 
 def _duration(seconds: float) -> str:
@@ -204,10 +220,11 @@ def _duration(seconds: float) -> str:
 
 def draw(folder: Path, path: Path) -> Path:
     """Draw training curve and sample episode into the PNG `path`; raises UserError as `write_report` does."""
-    # Slow to import, so only here; without pyplot it draws with Agg and asks for no display.
+    # Slow to import, so only here; without pyplot it draws with Agg and needs no display.
     from matplotlib.figure import Figure
 
-    epochs, sample = read_epochs(folder), read_episode(folder)
+    epochs, sample, setup = read_epochs(folder), read_episode(folder), read_setup(folder)
+    chance = 100 / (setup.test_way or setup.num_classes_per_set) if setup else None  # of the validation
     rows, columns = (len(sample[1].support), _columns(sample[1])) if sample else (5, 0.0)
     width, height = 5.5 + CELL * columns, 1.75 + CELL * rows  # inches
     figure = Figure(figsize=(width, height), dpi=150)
@@ -215,23 +232,19 @@ def draw(folder: Path, path: Path) -> Path:
     figure.text(*at, _title(folder), size=13, weight="bold", va="center", parse_math=False)
 
     def axes(left: float, wide: float, high: float) -> "Axes":
-        """Axes of a size in inches, their upper edge where all images begin."""
+        """Return axes of a size in inches, their upper edge where all images begin."""
         return figure.add_axes((left / width, 1 - (1.1 + high) / height, wide / width, high / height))
 
-    way = re.search(r"_(\d+)way", folder.resolve().parent.name)
-    _draw_curve(axes(0.8, 4.3, CELL * min(rows, 6)), epochs, 100 / int(way[1]) if way else None)
+    _draw_curve(axes(0.8, 4.3, CELL * min(rows, 6)), epochs, chance)
     if sample:
         _draw_episode(axes(5.4, CELL * columns, CELL * rows), *sample)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    with replace_file(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 
 def _draw_curve(axes: "Axes", epochs: Sequence[Epoch], chance: float | None) -> None:
-    """Accuracies over iterations, all in %, with the CI of the validation and the chance level."""
+    """Draw accuracies over iterations, all in %, with the CI of the validation and the chance level."""
     done, train, val, ci = (
         np.array([getattr(epoch, name) for epoch in epochs])
         for name in ("iterations", "train_accuracy", "val_accuracy", "val_ci95_per_episode")
@@ -254,7 +267,7 @@ def _draw_curve(axes: "Axes", epochs: Sequence[Epoch], chance: float | None) -> 
 
 
 def _columns(episode: Episode) -> float:
-    """Width of a drawn episode in cells."""
+    """Return the width of a drawn episode in cells."""
     return _query_column(episode) + min(SHOWN, episode.query.shape[1])
 
 
@@ -263,7 +276,7 @@ def _query_column(episode: Episode) -> float:
 
 
 def _draw_episode(axes: "Axes", dataset: str, episode: Episode) -> None:
-    """A row for each class: its name, support images, query images framed by whether the answer is right."""
+    """Draw a row for each class: its name, support images, query images framed by whether the answer is right."""
     start, (way, queries) = _query_column(episode), episode.predictions.shape
     for row, name in enumerate(episode.class_names):
         axes.text(0.25, row + 0.45, str(row + 1), size=11, weight="bold", ha="center", va="center")
@@ -271,7 +284,11 @@ def _draw_episode(axes: "Axes", dataset: str, episode: Episode) -> None:
         for column, image in enumerate(episode.support[row, :SHOWN]):
             _draw_image(axes, image, NAME + column, row, SUPPORT)
         for column, image in enumerate(episode.query[row, :SHOWN]):
-            _draw_answer(axes, image, start + column, row, int(episode.predictions[row, column]))
+            answer = int(episode.predictions[row, column])
+            _draw_image(axes, image, start + column, row, RIGHT if answer == row else WRONG)
+            if answer != row:
+                at, corner = (start + column + 0.87, row + 0.87), {"facecolor": WRONG, "edgecolor": "none", "pad": 1.5}
+                axes.text(*at, str(answer + 1), color="white", size=8, ha="right", va="bottom", bbox=corner)
     right = int((episode.predictions == np.arange(way)[:, None]).sum())
     title = f"An episode of {dataset}: {right} of {way * queries} query images right"
     axes.set(xlim=(0, _columns(episode)), ylim=(way, 0), aspect="auto")
@@ -281,14 +298,6 @@ def _draw_episode(axes: "Axes", dataset: str, episode: Episode) -> None:
     axes.text(start, way + 0.2, "■ right", color=RIGHT, size=9)
     axes.text(start + 1, way + 0.2, "■ wrong: taken for the row in the corner", color=WRONG, size=9)
     axes.axis("off")
-
-
-def _draw_answer(axes: "Axes", image: np.ndarray, x: float, row: int, answer: int) -> None:
-    _draw_image(axes, image, x, row, RIGHT if answer == row else WRONG)
-    if answer != row:
-        corner = {"facecolor": WRONG, "edgecolor": "none", "pad": 1.5}
-        at = x + 0.87, row + 0.87
-        axes.text(*at, str(answer + 1), color="white", size=8, ha="right", va="bottom", bbox=corner)
 
 
 def _draw_image(axes: "Axes", image: np.ndarray, x: float, y: float, colour: str) -> None:
@@ -301,7 +310,7 @@ def _draw_image(axes: "Axes", image: np.ndarray, x: float, y: float, colour: str
 
 
 def short_name(name: str) -> str:
-    """A class name in three short lines at most; U+0531_ARMENIAN_CAPITAL_LETTER_AYB: Armenian capital ayb."""
+    """Return a class name in at most three short lines; U+0531_ARMENIAN_CAPITAL_LETTER_AYB: Armenian capital ayb."""
     words = re.sub(r"^U\+[0-9A-F]+_", "", name).replace("_", " ")
     if name.startswith("U+"):
         words = words.replace(" LETTER", "").capitalize()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Score(NamedTuple):
-    """Fractions in [0, 1]. The intervals answer different questions, so each keeps its name."""
+    """The score is in fractions, the loss apart. Its intervals answer different questions, so each keeps its name."""
 
     accuracy: float
     ci95_per_episode: float  # 1.96 * std over episodes / sqrt(episodes); as MetaOptNet reports
@@ -16,7 +16,7 @@ class Score(NamedTuple):
 
 
 def score(logits: Tensor, labels: Tensor) -> Score:
-    """Score of logits (episodes, n, way) against labels (episodes, n)."""
+    """Return the score of logits (episodes, n, way) against labels (episodes, n)."""
     correct = (logits.argmax(2) == labels).double()
     per_episode = correct.mean(1)
     accuracy = per_episode.mean().item()
