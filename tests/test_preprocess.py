@@ -452,7 +452,7 @@ def test_ensure_builtin_makes_what_is_missing_and_nothing_else(tmp_path: Path) -
 
 
 def test_digits_are_dark_on_light_rgb_pictures_of_a_test_split(tmp_path: Path) -> None:
-    contents = digits.write_digits(tmp_path)
+    contents = digits.DATA_SETS[0].sources[0].unpack(tmp_path, tmp_path)
     assert contents == staging.count_images(tmp_path)
     assert list(contents["test"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     zero = Image.open(tmp_path / "test" / "0" / "000.png")
