@@ -40,7 +40,7 @@ def photos(archives: Path) -> Iterator[Picture]:
     if missing := [name for name in listed if name not in found]:
         raise UserError(
             f"{ARCHIVE} lacks {len(missing):,} of the {len(listed):,} photos that its images.txt lists: "
-            f"{first_of([repr(name) for name in missing], 3, ' and ')}. Fetch {ORIGIN}"
+            f"{first_of([repr(name) for name in missing], 3)}. Fetch {ORIGIN}"
         )
 
 

@@ -120,6 +120,8 @@ class _Dict(dict[Any, Any]):
         super().__setitem__(key, value)
 
 
+_Dict.__name__ = "dict"  # in error messages
+
 _NDARRAY = "numpy.ndarray"  # only named in pickles, as the class to make
 
 
@@ -218,8 +220,9 @@ class _Unpickler(pickle.Unpickler):
         """Return the instructions of `data`, with large data as persistent ids and objects numbered without gaps."""
         file, copy, max_steps = _File(data), bytearray(), FREE_STEPS + len(data) // BYTES_PER_STEP
         numbers: dict[int, int] = {}  # Python's own reader makes a table as long as the highest one
-        for step, (opcode, argument, start) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
-            name, data_start = opcode.name, start + DATA.get(opcode.name, 0)  # type: ignore[operator]
+        operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(file)  # type: ignore[arg-type]
+        for step, (opcode, argument, start) in enumerate(operations):
+            name, data_start = opcode.name, start + DATA.get(opcode.name, 0)
             if step == max_steps:
                 raise RefusedError(f"more objects than its size allows, {max_steps:,}")
             if name in REFUSED:
@@ -227,7 +230,7 @@ class _Unpickler(pickle.Unpickler):
             if name in CHECKED:
                 copy += CHECKED[name]
             elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                number = len(numbers) if name == "MEMOIZE" else argument
+                number = len(numbers) if argument is None else argument
                 copy += pickle.LONG_BINPUT + struct.pack("<I", numbers.setdefault(number, len(numbers)))
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 copy += pickle.LONG_BINGET + struct.pack("<I", numbers[argument])

@@ -77,7 +77,8 @@ def _pieces(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
     size = 0
     for picture in pictures:
         piece.append(picture)
-        size += 0 if isinstance(picture.content, Path) else memoryview(picture.content).nbytes
+        if not isinstance(picture.content, Path):  # of which nothing is in memory
+            size += len(picture.content) if isinstance(picture.content, bytes) else picture.content.nbytes
         if len(piece) == PIECE or size > PIECE_BYTES:
             yield piece
             piece, size = [], 0

@@ -101,7 +101,7 @@ def test_missing_photos_are_counted_and_named(tmp_path: Path) -> None:
         prepare("CUB", tmp_path)
     everything = SMALL | {"004.Groove_billed_Ani": [f"{i}.jpg" for i in range(11_785)]}
     write_archive(tmp_path, everything, without=[f"004.Groove_billed_Ani/{i}.jpg" for i in range(11_785)])
-    with pytest.raises(UserError, match=r"lacks 11,785 of the 11,788 .*_Ani/2\.jpg' and 11,782 more\. Fetch"):
+    with pytest.raises(UserError, match=r"lacks 11,785 of the 11,788 .*_Ani/2\.jpg'; and 11,782 more\. Fetch"):
         prepare("CUB", tmp_path)
 
 
