@@ -141,7 +141,7 @@ def _tar_files(path: Path) -> Iterator[File]:
 
 
 class _Limited:
-    """A stream that ends in a UserError when far more came out of it than the archive takes on disk."""
+    """This stream ends in a UserError when far more came out of it than the archive takes on disk."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self.stream, self.path, self.size = stream, path, 0
@@ -154,7 +154,7 @@ class _Limited:
 
 
 class _TarHeader(tarfile.TarInfo):
-    """A header as tarfile's, but a damaged or oversized header is an error; tarfile takes a damaged one for the end."""
+    """A damaged or oversized header of this class is an error; tarfile's own takes a damaged one for the end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

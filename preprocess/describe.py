@@ -125,7 +125,7 @@ def shared_classes(splits: Mapping[str, Pictures]) -> str:
         for class_name in sorted({file.partition("/")[0] for file in pictures.files}):
             seen.setdefault(class_name, []).append(split)
     shared = [f"{class_name} ({', '.join(where)})" for class_name, where in seen.items() if len(where) > 1]
-    return _list(f"Classes of one name in several splits: {len(shared):,}", shared, len(shared)) if shared else ""
+    return _list(f"Classes of one name in several splits: {len(shared):,}", shared) if shared else ""
 
 
 def duplicates(splits: Mapping[str, Pictures]) -> str:
@@ -142,17 +142,18 @@ def duplicates(splits: Mapping[str, Pictures]) -> str:
         f"(grey {THUMBNAIL}x{THUMBNAIL} thumbnails that correlate at {ALIKE} or more)"
     )
     alike = [f"{pair.correlation:.4f}  {pair.one}  ~  {pair.other}" for pair in best]
-    return _list(same, ["  =  ".join(group) for group in across], len(across)) + "\n\n" + _list(near, alike, found)
+    return _list(same, ["  =  ".join(group) for group in across]) + "\n\n" + _list(near, alike, found)
 
 
 def unreadable(folder: Path, splits: Mapping[str, Pictures]) -> str:
     """Return the files that are not counted above; empty if there are none."""
     bad = [f"{folder / split / file}: {reason}" for split in splits for file, reason in splits[split].bad]
-    return _list(f"Unreadable images, left out above: {len(bad):,}", bad, len(bad)) if bad else ""
+    return _list(f"Unreadable images, left out above: {len(bad):,}", bad) if bad else ""
 
 
-def _list(title: str, items: Sequence[str], count: int) -> str:
-    """Return the title and the first items of `count`, a line each."""
+def _list(title: str, items: Sequence[str], count: int | None = None) -> str:
+    """Return the title and the first items of `count`, which are all of them unless it is stated, a line each."""
+    count = len(items) if count is None else count
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
     return "\n  ".join([title, *items[:SHOWN], *more])
 

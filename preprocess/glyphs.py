@@ -50,7 +50,7 @@ Colours = Callable[[np.random.RandomState], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Style:
-    """How far the pictures of a data set vary; every picture draws uniformly from each range."""
+    """A style says how far the pictures of a data set vary; each of them draws uniformly from every range."""
 
     name: str
     seed: int
@@ -168,7 +168,7 @@ def place(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.
     c, d = sin * scale_x, (sin * shear + cos) * scale_y
     x = SIDE / 2 + right * _slack(style, abs(a) * width + abs(b) * height)
     y = SIDE / 2 + down * _slack(style, abs(c) * width + abs(d) * height)
-    # Pillow asks for the way back, here from the pixels of a picture of twice the side.
+    # Pillow wants the way back, here from the pixels of a picture of twice the side.
     det = 2 * (a * d - b * c)
     back_x = d / det, -b / det, width / 2 - 2 * (d * x - b * y) / det
     back_y = -c / det, a / det, height / 2 - 2 * (a * y - c * x) / det

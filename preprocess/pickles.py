@@ -22,7 +22,7 @@ from preprocess.archives import is_web_page
 from utils.errors import UserError
 
 LARGE = 2**12  # bytes from which on an object stays in the file
-RELEASE = 2**26  # bytes after which what was read is given back
+RELEASE = 2**26  # bytes after which the memory of what was read is released
 # Limits of what a pickle may make out of little: instructions, of 130 bytes of memory at most, and bytes of objects.
 FREE_STEPS, BYTES_PER_STEP = 2**21, 64  # so many steps, and one more for each so many bytes of the file
 FREE_BYTES, BYTES_PER_BYTE = 2**24, 4
@@ -90,7 +90,7 @@ def loads(data: bytes | mmap.mmap, name: str) -> Any:
 
 
 class _Dtype:
-    """It stands for numpy.dtype while a pickle is read: a number or string type, never objects or fields."""
+    """This class stands for numpy.dtype while a pickle is read: a number or string type, never objects or fields."""
 
     def __init__(self, code: str, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|[SU]\d{1,4})", code):
@@ -102,7 +102,7 @@ class _Dtype:
 
 
 class _Array:
-    """It stands for numpy.ndarray while a pickle is read: the contents may come after the object."""
+    """This class stands for numpy.ndarray while a pickle is read: the contents may come after the object."""
 
     array: np.ndarray
 
@@ -112,7 +112,7 @@ class _Array:
 
 
 class _Dict(dict[Any, Any]):
-    """It stands for dict, whose keys would be hashed whatever they are: nested tuples may take years."""
+    """This class stands for dict, which would hash any key: that of nested tuples may take years."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, str | int | float | bytes):
@@ -169,7 +169,7 @@ ALLOWED: dict[str, Any] = {
 
 
 class _Unread(bytes):
-    """Bytes with a length but no contents, in the place of large ones that nobody needs in memory."""
+    """These bytes have a length but no contents; they stand for large ones that nobody needs in memory."""
 
     size = 0
 
@@ -178,11 +178,11 @@ class _Unread(bytes):
 
 
 class _File:
-    """A pickle in the form that genops reads. A size beyond its end is an error before memory is taken for it."""
+    """This is a pickle in the form that genops reads. A size beyond its end is an error before it takes memory."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
         self.data = data
-        self.at = self.released = 0  # how far it was read, and given back
+        self.at = self.released = 0  # how far it was read, and its memory released
 
     def tell(self) -> int:
         return self.at
@@ -209,7 +209,7 @@ class _File:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's unpickler, which runs a checked copy of the pickle `data`."""
+    """Python's unpickler runs a checked copy of the pickle `data` here."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
         self.views: list[memoryview] = []  # of large data

@@ -17,7 +17,7 @@ SAMPLE, SAMPLE_CLASSES = 0.1, 0.5
 
 
 class Source(NamedTuple):
-    """One form in which a data set is in circulation."""
+    """A source is one form in which a data set is in circulation."""
 
     needs: tuple[str, ...]  # files or folders, all of them, in the folder of archives; none where it is drawn
     origin: str  # what to fetch and where from
@@ -26,20 +26,20 @@ class Source(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What the paper says a data set holds."""
+    """These are the numbers that the paper of a data set states."""
 
     classes: dict[str, int]  # split -> number of classes
     images: int | dict[str, int]  # of each class, or in each split, or in "all" of them
 
     @property
     def total(self) -> int:
-        """Images in all."""
+        """Return the number of images in all."""
         per_class = self.images
         return sum(self.classes.values()) * per_class if isinstance(per_class, int) else sum(per_class.values())
 
 
 class DataSet(NamedTuple):
-    """A data set: the module that utils/names.py names for it has one of these in its DATA_SETS."""
+    """A data set is declared once, in the DATA_SETS of the module that utils/names.py names for it."""
 
     name: str
     sources: tuple[Source, ...] = ()  # the first whose files are there is taken
@@ -47,7 +47,7 @@ class DataSet(NamedTuple):
 
     @property
     def is_built_in(self) -> bool:
-        """Whether it can be made of nothing."""
+        """Return whether it can be made of nothing."""
         return any(not source.needs for source in self.sources)
 
 

@@ -25,17 +25,10 @@ MADE = "made from"  # its key beside the splits; older files have none
 
 
 class Maker(NamedTuple):
-    """What makes a data set."""
+    """A maker fills the folder of a data set."""
 
     fill: Callable[[Path], Contents]  # an empty folder -> what must be in it now
     made: str  # what from, in words; it is recorded, and another one is another data set
-
-
-class Record(NamedTuple):
-    """A contents.json."""
-
-    contents: Contents
-    made: str  # empty where it was not recorded
 
 
 def first_of(items: Sequence[str], most: int, separator: str = "; ") -> str:
@@ -112,7 +105,7 @@ def is_present(target: Path) -> bool:
 def check_complete(target: Path) -> str:
     """Return one line on what `target` holds. UserError where images are missing, with the first of them."""
     found, record = count_images(target), _read_record(target)
-    if record and (missing := shortfall(record.contents, found)):
+    if record and (missing := shortfall(record[0], found)):
         raise UserError(
             f"{target} is there but not complete: {missing}. Nothing was changed: "
             "move it away or delete it, then run the same command again"
@@ -127,13 +120,13 @@ def check_complete(target: Path) -> str:
     )
     if record is None:
         return f"{held}{_misnamed(target)} (not built by this program: not checked further)"
-    return held + (f" (made from {record.made})" if record.made else "")
+    return held + (f" (made from {record[1]})" if record[1] else "")
 
 
 def check_made(target: Path, made: str) -> None:
     """Raise UserError where the data set at `target` is known to be made from something else."""
     record = _read_record(target)
-    was = record.made if record else "files that were put there"
+    was = record[1] if record else "files that were put there"
     if was and was != made:
         raise UserError(
             f"{target} is there already, made from {was}; this command asks for {made}. Nothing was changed: "
@@ -141,8 +134,11 @@ def check_made(target: Path, made: str) -> None:
         )
 
 
-def _read_record(target: Path) -> Record | None:
-    """Return None where there is none, as in a data set that was not built here. UserError for a damaged one."""
+def _read_record(target: Path) -> tuple[Contents, str] | None:
+    """Return the contents.json: what was built, and from what, empty if that is not known. UserError if it is damaged.
+
+    None where there is none, as in a data set that was not built here.
+    """
     file = target / CONTENTS_FILE
     if not file.is_file():
         return None
@@ -156,7 +152,7 @@ def _read_record(target: Path) -> Record | None:
             f"{file} is damaged ({error}), so the images of {target} cannot be checked. Put a copy of it back; or, "
             "to go on unchecked, move that one file away. Nothing was changed"
         ) from error
-    return Record(content, str(made))
+    return content, str(made)
 
 
 def _why_no_images(target: Path) -> str:

@@ -32,7 +32,7 @@ MEASURED = np.dtype([("size", np.int32, 2), ("digest", np.uint64), ("thumbnail",
 
 
 class Pictures(NamedTuple):
-    """The readable pictures of a split or of a part of one."""
+    """These are the readable pictures of a split or of a part of one."""
 
     files: list[str]  # CLASS/FILE
     kinds: Counter[str]  # how the files are stored, such as "JPEG RGB"
@@ -54,7 +54,7 @@ class Pictures(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
-        """(3,) in [0, 1], over all pixels."""
+        """Return (3,) in [0, 1], over all pixels."""
         return self.counts @ (np.arange(256) / 255) / self.counts.sum(axis=1)
 
     @property

@@ -27,7 +27,7 @@ ARCHIVE_CURE = (
 
 
 class Picture(NamedTuple):
-    """An image and its place in the data set."""
+    """A picture is an image and its place in the data set."""
 
     split: str
     class_name: str
