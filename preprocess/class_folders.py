@@ -226,7 +226,7 @@ def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[st
                     raise UserError(f"{where}: {' or '.join(columns)} is missing")
                 yield where, cells
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path} ({error}); it is looked for as it is named, then in {source}") from error
+        raise UserError(f"cannot read {path} ({error}); it is looked for as given, then in {source}") from error
 
 
 def _locate(source: Path, csv_file: Path) -> Path:
