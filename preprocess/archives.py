@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -31,28 +32,33 @@ COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {  # first bytes -> file th
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
+File = tuple[str, int, Callable[[], Any]]  # name, size, what opens it
 
 
 def members(
     path: Path, origin: str, wanted: Callable[[str], bool], max_bytes: int = MAX_MEMBER_BYTES
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in the zip or tar at `path` whose name is `wanted`, in the archive's order.
+    """Yield name and content of each file in the zip or tar at `path` whose name is `wanted`, in the archive's order.
 
     A tar may be compressed, whatever its suffix says. UserError for a missing or damaged archive, one that
     unpacks to far more than it takes, one that holds anything but files and folders with names that stay inside,
     and a wanted member above `max_bytes`. `origin` says what to fetch instead.
     """
     with _explained(path, origin):
-        if _first_bytes(path).startswith(ZIP_STARTS):
-            with open_zip(path, origin) as archive:
-                yield from _zip_members(archive, path, wanted, max_bytes)
-        else:
-            yield from _tar_members(path, wanted, max_bytes)
+        is_zip = _first_bytes(path).startswith(ZIP_STARTS)
+        for name, size, opener in _zip_files(path, origin) if is_zip else _tar_files(path):
+            if wanted(name):
+                if size > max_bytes:
+                    raise UserError(
+                        f"{name!r} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked"
+                    )
+                with opener() as file:
+                    yield name, file.read(size)
 
 
 @contextmanager
 def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
-    """The zip at `path`, all members checked as in `members` but for their size; `origin` as there.
+    """Open the zip at `path`, all members checked as in `members` but for their size; `origin` as there.
 
     UserError also when damage shows only while the block reads the archive. zipfile unpacks up to 2 GB of a member,
     whatever size it declares, unless the reader says how many bytes it wants.
@@ -62,17 +68,9 @@ def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def refuse_unsafe(name: str, archive: Path) -> None:
-    """UserError for an absolute member name and for one with '..'."""
-    if leads_out(name):
-        raise UserError(
-            f"{archive} has a member named {name!r}, which leads out of the data set's folder: not unpacked"
-        )
-
-
 @contextmanager
 def _explained(path: Path, origin: str) -> Iterator[None]:
-    """UserErrors for what the archive modules raise. OSErrors of the system, a full disk say, pass."""
+    """Raise UserError for what the archive modules raise. OSErrors of the system, a full disk say, pass."""
     if not path.is_file():
         raise UserError(f"{path} is missing. Fetch {origin} and put it there as it is (do not unpack it)")
     try:
@@ -80,22 +78,17 @@ def _explained(path: Path, origin: str) -> Iterator[None]:
     except UserError:
         raise
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
-            RecursionError, ValueError) as error:  # fmt: skip
-        raise _damaged(path, origin, error) from error
-    except OSError as error:
-        if error.errno is not None:
+            RecursionError, ValueError, OSError) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 have no error type of their own
             raise
-        raise _damaged(path, origin, error) from error  # gzip and bz2 have no error type of their own
-
-
-def _damaged(path: Path, origin: str, error: Exception) -> UserError:
-    if is_web_page(path):
-        return UserError(f"{path} is a web page, not an archive: the download went wrong. Fetch {origin} again")
-    return UserError(f"{path} is damaged or not an archive of its kind ({error}). Fetch {origin} again")
+        what = f"is damaged or not an archive of its kind ({error})."
+        if is_web_page(path):
+            what = "is a web page, not an archive: the download went wrong."
+        raise UserError(f"{path} {what} Fetch {origin} again") from error
 
 
 def is_web_page(path: Path) -> bool:
-    """Whether a download ended in a page about it, as those of large files from Google Drive do."""
+    """Return whether a download ended in a page about it, as those of large files from Google Drive do."""
     return _first_bytes(path).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
@@ -105,18 +98,15 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """What the list of members declares. Names that were written with backslashes get slashes."""
+    """Check what the list of members declares. Names that were written with backslashes get slashes."""
     infos = archive.infolist()
-    _check_number(len(infos), path)
     _check_unpacked(sum(info.file_size for info in infos), path)
-    for info in infos:
+    for number, info in enumerate(infos, start=1):
         if not info.filename:
             raise zipfile.BadZipFile("a member has no name")
         info.filename = info.filename.replace("\\", "/")
-        refuse_unsafe(info.filename, path)
         kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _not_a_file(info.filename, path)
+        _check_member(number, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), path)
         if info.flag_bits & 1:
             raise UserError(f"{path} is encrypted: unpack it with its password and pack it again without one")
         if info.compress_type not in ZIP_METHODS:
@@ -127,59 +117,44 @@ def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
             )
 
 
-def _zip_members(
-    archive: zipfile.ZipFile, path: Path, wanted: Callable[[str], bool], max_bytes: int
-) -> Iterator[tuple[str, bytes]]:
-    for info in archive.infolist():
-        if not info.is_dir() and wanted(info.filename):
-            _check_member(info.filename, info.file_size, path, max_bytes)
-            with archive.open(info) as file:
-                yield info.filename, file.read(info.file_size)
+def _zip_files(path: Path, origin: str) -> Iterator[File]:
+    with open_zip(path, origin) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield info.filename, info.file_size, partial(archive.open, info)
 
 
-def _tar_members(path: Path, wanted: Callable[[str], bool], max_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """In one pass, which is all that a compressed tar of gigabytes allows."""
+def _tar_files(path: Path) -> Iterator[File]:
+    """Yield the files in one pass, which is all that a compressed tar of gigabytes allows."""
+    first = _first_bytes(path)
     with path.open("rb") as file:
-        stream: Any = _Limited(_decompressed(file, path), path)
+        opener = next((opener for magic, opener in COMPRESSED.items() if first.startswith(magic)), None)
+        stream: Any = _Limited(opener(file) if opener else file, path)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarHeader, bufsize=2**16) as archive:
             for number, info in enumerate(iter(archive.next, None), start=1):
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all: 1 GB for tieredImageNet
-                _check_number(number, path)
-                refuse_unsafe(info.name, path)
-                if not (info.isreg() or info.isdir()) or info.issparse():
-                    raise _not_a_file(info.name, path)
-                if info.isreg() and wanted(info.name):
-                    _check_member(info.name, info.size, path, max_bytes)
-                    content = archive.extractfile(info)
-                    if content:
-                        yield info.name, content.read()
+                _check_member(number, info.name, (info.isreg() or info.isdir()) and not info.issparse(), path)
+                if info.isreg():
+                    yield info.name, info.size, partial(archive.extractfile, info)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut off: a tar ends with two empty blocks")
 
 
-def _decompressed(file: BinaryIO, path: Path) -> Any:
-    first = _first_bytes(path)
-    for magic, opener in COMPRESSED.items():
-        if first.startswith(magic):
-            return opener(file)
-    return file
-
-
 class _Limited:
-    """A stream that ends in a UserError when it has given far more than the archive takes on disk."""
+    """This stream ends in a UserError when far more came out of it than the archive takes on disk."""
 
     def __init__(self, stream: Any, path: Path) -> None:
-        self.stream, self.path, self.given = stream, path, 0
+        self.stream, self.path, self.size = stream, path, 0
 
     def read(self, size: int) -> bytes:
         data: bytes = self.stream.read(size)
-        self.given += len(data)
-        _check_unpacked(self.given, self.path)
+        self.size += len(data)
+        _check_unpacked(self.size, self.path)
         return data
 
 
 class _TarHeader(tarfile.TarInfo):
-    """As tarfile's, but a damaged or oversized header is an error; tarfile takes a damaged one for the end."""
+    """A damaged or oversized header of this class is an error; tarfile's own takes a damaged one for the end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -194,14 +169,17 @@ class _TarHeader(tarfile.TarInfo):
         return info
 
 
-def _check_number(number: int, path: Path) -> None:
+def _check_member(number: int, name: str, is_plain_file: bool, path: Path) -> None:
+    """Raise UserError for too many members, a name that leads out and anything but a file or a folder.
+
+    tarfile's own data_filter is for unpacking: it mends absolute names and allows links within the archive.
+    """
     if number > MAX_MEMBERS:
         raise UserError(f"{path} has more than {MAX_MEMBERS} members, more than any data set: not unpacked")
-
-
-def _check_member(name: str, size: int, path: Path, max_bytes: int) -> None:
-    if size > max_bytes:
-        raise UserError(f"{name!r} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked")
+    if leads_out(name):
+        raise UserError(f"{path} has a member named {name!r}, which leads out of the data set's folder: not unpacked")
+    if not is_plain_file:
+        raise UserError(f"{name!r} in {path} is a link or a device, not a file: not unpacked")
 
 
 def _check_unpacked(size: int, path: Path) -> None:
@@ -211,7 +189,3 @@ def _check_unpacked(size: int, path: Path) -> None:
             f"{path} takes {packed / 1e6:,.1f} MB but unpacks to {size / 1e6:,.0f} MB or more: "
             "images do not shrink like that; it is built to fill your disk and was not unpacked"
         )
-
-
-def _not_a_file(name: str, path: Path) -> UserError:
-    return UserError(f"{name!r} in {path} is a link or a device, not a file: not unpacked")

@@ -28,7 +28,7 @@ Reader = Callable[[list[Path], str], Iterator[Picture]]  # the files of a split,
 
 
 def source(name: str, files: dict[str, list[str]], read: Reader, origin: str, total: int) -> Source:
-    """A data set of which each split has `files` of its own."""
+    """Return a source of which each split has `files` of its own."""
 
     def pictures(folder: Path) -> Iterator[Picture]:
         for split in SPLITS:
@@ -38,12 +38,12 @@ def source(name: str, files: dict[str, list[str]], read: Reader, origin: str, to
 
 
 def each_split(*patterns: str) -> dict[str, list[str]]:
-    """The files of each split, whose name stands where {} is."""
+    """Return the files of each split, whose name takes the place of {}."""
     return {split: [pattern.format(split) for pattern in patterns] for split in SPLITS}
 
 
 def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
-    """MetaOptNet's pickles: 'data' (N, H, W, 3) and 'labels', ids that differ between splits; perhaps names."""
+    """Read MetaOptNet's pickles: 'data' (N, H, W, 3) and 'labels', ids that differ between splits; perhaps names."""
     (path,) = paths
     content = _entries(path, "data", "labels")
     images, labels = _pixels(content["data"], path), _ids(content["labels"], path)
@@ -55,7 +55,7 @@ def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
 
 
 def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture]:
-    """mini-imagenet-cache: 'image_data' (N, H, W, 3) and 'class_dict', class name -> places in it."""
+    """Read mini-imagenet-cache: 'image_data' (N, H, W, 3) and 'class_dict', class name -> places in it."""
     (path,) = paths
     content = _entries(path, "image_data", "class_dict")
     images = _pixels(content["image_data"], path)
@@ -70,14 +70,14 @@ def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture
 
 
 def npz_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
-    """tieredImageNet as MetaOptNet has it: 'images' in an npz, labels in a pickle."""
+    """Read tieredImageNet as MetaOptNet has it: 'images' in an npz, labels in a pickle."""
     npz, labels = paths
     class_names = _tiered_labels(labels, split)
     yield from _pictures(split, _npz_rows(npz, "images", len(class_names)), class_names)
 
 
 def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
-    """tieredImageNet as Ren et al. have it: a list of PNG files, labels in a second pickle."""
+    """Read tieredImageNet as Ren et al. have it: a list of PNG files, labels in a second pickle."""
     path, labels = paths
     class_names, pngs = _tiered_labels(labels, split), read_pickle(path)
     if not isinstance(pngs, list):
@@ -89,7 +89,7 @@ def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
 def _pictures(
     split: str, images: Iterable[np.ndarray | bytes | memoryview], class_names: list[str]
 ) -> Iterator[Picture]:
-    """Of pixels, (H, W, 3), or of PNG files."""
+    """Yield pictures of pixels, (H, W, 3), or of PNG files."""
     for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
         if index % RELEASE_EVERY == 0 and not isinstance(image, bytes):
             release(image)
@@ -103,7 +103,7 @@ def _check_count(images: int, labels: int, path: Path) -> None:
 
 
 def _tiered_labels(path: Path, split: str) -> list[str]:
-    """The class of each image. 'labels' differ between splits, 'label_specific' starts at 0 in each."""
+    """Return the class of each image. 'labels' differ between splits, 'label_specific' starts at 0 in each."""
     content = read_pickle(path)
     if isinstance(content, dict) and "labels" in content:
         return [f"class_{label:03d}" for label in _ids(content["labels"], path)]
@@ -120,21 +120,21 @@ def _tiered_labels(path: Path, split: str) -> list[str]:
 
 
 def _plain_name(split: str, label: int, words: str) -> str:
-    """An ImageNet id as it is; other words after a number, for two classes of ImageNet may be called the same."""
+    """Return an ImageNet id as it is, other words after a number: two classes may be called the same."""
     word = re.sub(r"\W+", "_", words)[:60]
     return word if re.fullmatch(r"n\d{8}", word) else f"{split}_{label:03d}_{word}".rstrip("_")
 
 
 def _entries(path: Path, *keys: str) -> dict[Any, Any]:
+    """Return the dict in the pickle at `path`. UserError where it lacks one of the keys."""
     content = read_pickle(path)
+    names = content if isinstance(content, dict) else {}
     for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            held = type(content).__name__
-            if isinstance(content, dict):
-                texts = [repr(name) for name in content if isinstance(name, str)]
-                held = f"a dict of {', '.join(texts[:NAMED]) or 'no names'}"
+        if key not in names:
+            texts = ", ".join([repr(name) for name in names if isinstance(name, str)][:NAMED])
+            held = f"a dict of {texts or 'no names'}" if content is names else type(content).__name__
             raise UserError(f"{path} has no {key!r}: it holds {held}. It is another file of that name")
-    return content
+    return names
 
 
 def _pixels(images: Any, path: Path) -> np.ndarray:
@@ -145,7 +145,7 @@ def _pixels(images: Any, path: Path) -> np.ndarray:
 
 
 def _check_pixels(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
-    """UserError unless it is (N, H, W, 3) uint8."""
+    """Raise UserError unless it is (N, H, W, 3) uint8."""
     if len(shape) != 4 or dtype != np.uint8 or shape[3] != 3 or not 0 < shape[1] <= MAX_SIDE >= shape[2] > 0:
         raise _unexpected(path, f"an array of shape {shape} and type {dtype}")
 
@@ -155,7 +155,7 @@ def _unexpected(path: Path, what: str) -> UserError:
 
 
 def _ids(labels: Any, path: Path) -> list[int]:
-    """UserError unless they are a list or an array of whole numbers from 0 on."""
+    """Return the labels. UserError unless they are a list or an array of whole numbers from 0 on."""
     ids = labels.tolist() if isinstance(labels, np.ndarray) else labels
     # Looked at one by one: numpy would go into lists within the list, which may hold one another without end.
     if not isinstance(ids, list) or not all(type(label) is int and 0 <= label < MAX_LABEL for label in ids):
@@ -164,14 +164,14 @@ def _ids(labels: Any, path: Path) -> list[int]:
 
 
 def _text(name: Any, path: Path) -> str:
-    """A class name; Python 3 keeps those of Python 2 as bytes, if it is told to."""
+    """Return a class name; Python 3 can keep those of Python 2 as bytes."""
     if not isinstance(name, str | bytes):
         raise _unexpected(path, f"a {type(name).__name__} as a class name")
     return name if isinstance(name, str) else name.decode("latin1")
 
 
 def _png(png: Any, path: Path) -> np.ndarray | bytes | memoryview:
-    """A PNG file, which OpenCV gives as an array of bytes, Python 2 as text; or pixels."""
+    """Return a PNG file, which OpenCV gives as an array of bytes, Python 2 as text; or pixels."""
     if isinstance(png, np.ndarray) and png.ndim == 3:
         _check_pixels((1, *png.shape), png.dtype, path)
         return png
@@ -185,7 +185,7 @@ def _png(png: Any, path: Path) -> np.ndarray | bytes | memoryview:
 
 
 def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
-    """The `count` images in array `key` of an npz, a few at a time in memory."""
+    """Yield the `count` images in array `key` of an npz, a few at a time in memory."""
     with open_zip(path, "it") as archive:
         if f"{key}.npy" not in archive.NameToInfo:
             held = ", ".join(map(repr, archive.namelist()[:NAMED])) or "nothing"
@@ -203,7 +203,7 @@ def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
 
 
 def _npy_shape(stream: IO[bytes], path: Path) -> tuple[int, ...]:
-    """Of the array of images that begins in `stream`. Version 1 only: its header cannot claim more than 64 KiB."""
+    """Return the shape of the images that begin in `stream`. Version 1 only: its header takes 64 KiB at most."""
     try:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):

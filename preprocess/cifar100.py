@@ -12,7 +12,7 @@ import numpy as np
 from preprocess import array_files
 from preprocess.archives import members
 from preprocess.pickles import loads
-from preprocess.sources import Published, Recipe, of_pictures, read_split
+from preprocess.sources import DataSet, Published, of_pictures, split_of_classes
 from preprocess.writing import Picture
 from utils.errors import UserError
 
@@ -28,23 +28,22 @@ OFFICIAL_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 OFFICIAL_BYTES = 2**28  # its largest member takes 155 MB
 
 
-def recipe(name: str, train: int, val: int, test: int) -> Recipe:
+def declare(name: str, train: int, val: int, test: int) -> DataSet:
     pickles = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
+    md5 = ((OFFICIAL, OFFICIAL_MD5),)
     sources = (
         of_pictures(name, (ZIP,), ZIP_ORIGIN, partial(from_zip, name), IMAGES),
-        of_pictures(name, (OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), IMAGES)._replace(
-            md5=((OFFICIAL, OFFICIAL_MD5),)
-        ),
+        of_pictures(name, (OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), IMAGES, md5),
         array_files.source(
             name, array_files.each_split(name + "_{}.pickle"), array_files.data_and_labels, pickles, IMAGES
         ),
     )
-    return Recipe(sources, Published({"train": train, "val": val, "test": test}, 600))
+    return DataSet(name, sources, Published({"train": train, "val": val, "test": test}, 600))
 
 
 def from_zip(name: str, archives: Path) -> Iterator[Picture]:
-    """The images at cifar100/data/CLASS/*.png. UserError where the zip has none."""
-    split_of = _split_of(name)
+    """Yield the images at cifar100/data/CLASS/*.png. UserError where the zip has none."""
+    split_of = split_of_classes(name)
     found = False
     for member, content in members(archives / ZIP, ZIP_ORIGIN, lambda member: class_of(member) in split_of):
         found = True
@@ -54,7 +53,7 @@ def from_zip(name: str, archives: Path) -> Iterator[Picture]:
 
 
 def class_of(member: str) -> str:
-    """The class of a member …/data/CLASS/IMAGE.png; empty for any other, and for what macOS adds."""
+    """Return the class of a member …/data/CLASS/IMAGE.png; empty for any other, and for what macOS adds."""
     match member.split("/"):
         case [*above, "data", class_name, file] if "__MACOSX" not in above and file.lower().endswith(".png"):
             return "" if file.startswith(".") else class_name
@@ -62,7 +61,7 @@ def class_of(member: str) -> str:
 
 
 def from_official(name: str, archives: Path) -> Iterator[Picture]:
-    """Both its parts joined: 500 images of each class from `train` and 100 from `test`."""
+    """Yield the images of both its parts: 500 images of each class from `train` and 100 from `test`."""
     path = archives / OFFICIAL
     parts = ("meta", "train", "test")
     contents = members(path, OFFICIAL_ORIGIN, lambda member: _last(member) in parts, OFFICIAL_BYTES)
@@ -70,7 +69,7 @@ def from_official(name: str, archives: Path) -> Iterator[Picture]:
     if missing := [f"cifar-100-python/{part}" for part in parts if part not in found]:
         raise UserError(f"{path} lacks {', '.join(missing)}. Fetch {OFFICIAL_ORIGIN}")
     read = {part: loads(found[part], f"cifar-100-python/{part} in {path}") for part in parts}
-    split_of = _split_of(name)
+    split_of = split_of_classes(name)
     try:
         classes = read["meta"]["fine_label_names"]
         for part in ("train", "test"):
@@ -86,10 +85,6 @@ def _last(member: str) -> str:
     return member.rpartition("/")[2]
 
 
-def _split_of(name: str) -> dict[str, str]:
-    """Class name -> split."""
-    return {class_name: split for split, classes in read_split(name).items() for class_name in classes}
-
-
-CIFAR_FS = recipe("CIFAR_FS", 64, 16, 20)
-FC100 = recipe("FC100", 60, 20, 20)
+CIFAR_FS = declare("CIFAR_FS", 64, 16, 20)
+FC100 = declare("FC100", 60, 20, 20)
+DATA_SETS = (CIFAR_FS, FC100)

@@ -17,18 +17,18 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def source(name: str, archive: str, origin: str, total: int | None = None) -> Source:
-    """Data set `name` from the file `archive`."""
+    """Return the source of data set `name` in the file `archive`."""
     return of_pictures(name, (archive,), origin, lambda folder: pictures(folder / archive, origin), total)
 
 
 def any_source(name: str) -> tuple[Source, ...]:
-    """Data set `name` from NAME.zip, NAME.tar and so on."""
+    """Return the sources of data set `name` in NAME.zip, NAME.tar and so on."""
     origin = "an archive of class folders {train,val,test}/CLASS/*"
     return tuple(source(name, f"{name}{suffix}", origin) for suffix in SUFFIXES)
 
 
 def pictures(path: Path, origin: str) -> Iterator[Picture]:
-    """The images in an archive's class folders, whatever folders these lie in. UserError if there are none.
+    """Yield the images in an archive's class folders, whatever folders these lie in. UserError if there are none.
 
     Prints how many images lie elsewhere in the archive, and the first of them.
     """
@@ -53,7 +53,7 @@ def pictures(path: Path, origin: str) -> Iterator[Picture]:
 
 
 def place(name: str) -> tuple[str, str, str] | None:
-    """Split, class and file of a member; None for what is no image, and for what file managers leave in archives.
+    """Return split, class and file of a member; None for what is no image or left by file managers.
 
     Only the last three parts count, so a class may be called `train` too.
     """
@@ -64,7 +64,7 @@ def place(name: str) -> tuple[str, str, str] | None:
 
 
 def _is_data(name: str) -> bool:
-    """Whether a member may be an image, by its name; file managers leave others."""
+    """Return whether a member may be an image, by its name; file managers leave others."""
     path = PurePosixPath(name)
     hidden = path.name.startswith(".") or path.parent.name.startswith(".") or "__MACOSX" in path.parts
     return not hidden and path.name != "Icon\r" and path.suffix.lower() not in NOT_IMAGES

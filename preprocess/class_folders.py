@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from preprocess.staging import SPLIT_WORDS, SPLITS, Contents, Maker
+from preprocess.staging import SPLIT_WORDS, SPLITS, Contents, Maker, first_of
 from preprocess.writing import Picture, write_images
 from utils.errors import UserError
 from utils.images import Listing, image_suffixes, list_classes
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def maker(options: argparse.Namespace) -> Maker | None:
-    """What fills an empty folder as the options say; None without --from_folder. UserError for bad options."""
+    """Return what fills an empty folder as the options say; None without --from_folder. UserError for bad options."""
     if options.from_folder is None:
         if any(value is not None for value in (options.split, options.seed, options.csv)):
             raise UserError("--split, --seed and --csv say how to split --from_folder DIR: give that too")
@@ -51,7 +51,8 @@ def maker(options: argparse.Namespace) -> Maker | None:
         raise UserError("--from_folder needs either --split TRAIN VAL TEST or --csv FILE ..., and not both")
     made = f"--from_folder {options.from_folder.resolve()}"
     if options.csv is None:
-        fractions, seed = check_fractions(options.split), _check_seed(options.seed or 0)
+        fractions, seed = options.split, options.seed or 0
+        _check_split(fractions, seed)
         shares = " ".join(map(str, fractions))
         return Maker(
             partial(split_folder, options.from_folder, fractions, seed), f"{made} --split {shares} --seed {seed}"
@@ -80,21 +81,14 @@ def _check_place(source: Path, names: Sequence[str], dataset_dir: Path) -> None:
         )
 
 
-def check_fractions(fractions: Sequence[float]) -> Sequence[float]:
-    """UserError unless they are three positive numbers that sum to 1."""
-    if len(fractions) != 3 or not all(f > 0 for f in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        given = " ".join(f"{fraction:g}" for fraction in fractions)
+def _check_split(fractions: Sequence[float], seed: int) -> None:
+    if not all(fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise UserError(
-            f"--split {given} sums to {sum(fractions):g}: it needs three positive shares that sum to 1, "
-            "as 0.64 0.16 0.2 do"
+            f"--split {' '.join(f'{fraction:g}' for fraction in fractions)} sums to {sum(fractions):g}: it needs three "
+            "positive shares that sum to 1, as 0.64 0.16 0.2 do"
         )
-    return fractions
-
-
-def _check_seed(seed: int) -> int:
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} is not between 0 and 2**32 - 1")
-    return seed
 
 
 # --- class folders -----------------------------------------------------------------------------------------
@@ -138,7 +132,7 @@ def _read_image(path: Path) -> bytes:
 
 
 def _refuse_split(source: Path) -> None:
-    """UserError where the folders are train, val and test; a class may well be called train."""
+    """Raise UserError where the folders are train, val and test; a class may well be called train."""
     folders = {path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")}
     if "train" in folders and folders <= set(SPLITS):
         raise UserError(
@@ -148,7 +142,7 @@ def _refuse_split(source: Path) -> None:
 
 
 def draw_split(class_names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
-    """Class name -> split: a permutation of the sorted names, cut where the fractions say, at least one for each.
+    """Return class name -> split: the sorted names, permuted and cut where the fractions say, at least one for each.
 
     The same names and seed give the same split everywhere. UserError for fewer than three classes.
     """
@@ -167,7 +161,7 @@ def draw_split(class_names: Sequence[str], fractions: Sequence[float], seed: int
 
 
 class Row(NamedTuple):
-    """A line of a CSV file."""
+    """This is a line of a CSV file."""
 
     where: str  # such as "train.csv, line 5"
     file: str
@@ -182,10 +176,8 @@ def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
     or file name that leads out of its folder, a split without classes; with the file and line of the first.
     """
     rows = read_rows(source, csv_files)
-    _check_labels(rows)
-    _check_names(rows)
+    _check_words(rows)
     paths = _find_images(source, rows)
-    _check_twice(rows, paths)
     pictures = (
         Picture(row.split, row.label, path.name, _read_image(path)) for row, path in zip(rows, paths, strict=True)
     )
@@ -193,9 +185,9 @@ def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
 
 
 def read_rows(source: Path, csv_files: Sequence[Path]) -> list[Row]:
-    """All lines of train.csv, val.csv and test.csv, or of one file with a column `split`.
+    """Return all lines of train.csv, val.csv and test.csv, or of one file with a column `split`.
 
-    A file that is not found as given is looked for in `source`.
+    A file that is not found as it is named is looked for in `source`.
     """
     if len(csv_files) not in (1, len(SPLITS)):
         raise UserError(
@@ -219,19 +211,20 @@ def _split_of(word: str, where: str) -> str:
 
 
 def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Place and cells of the columns, line by line. UserError where the file or a cell is missing."""
+    """Yield place and cells of the columns, line by line. UserError where the file or a cell is missing."""
     try:
         with _locate(source, path).open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True)
-            header = [cell.strip().lower() for cell in next(lines, [])]
-            if not set(columns) <= set(header):
-                raise UserError(f"{path} must start with a line {','.join(columns)}; it starts {','.join(header)!r}")
-            for line in filter(None, lines):
-                cells = dict(zip(header, map(str.strip, line), strict=False))
+            lines = csv.DictReader(file, strict=True)
+            lines.fieldnames = [name.strip().lower() for name in lines.fieldnames or ()]
+            if not set(columns) <= set(lines.fieldnames):
+                names = ",".join(lines.fieldnames)
+                raise UserError(f"{path} must start with a line {','.join(columns)}; it starts {names!r}")
+            for line in lines:
+                cells = [(line[column] or "").strip() for column in columns]
                 where = f"{path}, line {lines.line_num}"
-                if not all(cells.get(column) for column in columns):
+                if not all(cells):
                     raise UserError(f"{where}: {' or '.join(columns)} is missing")
-                yield where, [cells[column] for column in columns]
+                yield where, cells
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}); it is looked for as given, then in {source}") from error
 
@@ -240,48 +233,39 @@ def _locate(source: Path, csv_file: Path) -> Path:
     return csv_file if csv_file.is_file() else source / csv_file
 
 
-def _check_labels(rows: Sequence[Row]) -> None:
+def _check_words(rows: Sequence[Row]) -> None:
+    """Raise UserError for odd names, a class in two splits and a split without classes."""
     first: dict[str, Row] = {}
     for row in rows:
         if not is_plain(row.label):
             raise UserError(f"{row.where}: label {row.label!r} cannot be the name of a folder: change it")
+        if leads_out(row.file) or not is_plain(row.file.rpartition("/")[2]):
+            raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, is hidden or odd")
         before = first.setdefault(row.label, row)
         if before.split != row.split:
             raise UserError(
                 f"class {row.label!r} is in two splits, {before.split} ({before.where}) and {row.split} ({row.where}): "
                 "a class belongs to one of them"
             )
-    empty = [split for split in SPLITS if split not in {row.split for row in first.values()}]
-    if empty:
+    if empty := [split for split in SPLITS if split not in {row.split for row in rows}]:
         raise UserError(f"the CSV files have no class for {' and '.join(empty)}: each split needs at least one")
 
 
-def _check_names(rows: Sequence[Row]) -> None:
-    for row in rows:
-        if leads_out(row.file) or not is_plain(row.file.rpartition("/")[2]):
-            raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, is hidden or odd")
-
-
 def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
-    paths = [next((path for path in _places(source, row) if path.is_file()), None) for row in rows]
-    missing = [f"{row.file} ({row.where})" for row, path in zip(rows, paths, strict=True) if path is None]
-    if missing:
-        more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    """Return the file of each row. UserError for missing ones, and for one that is listed or would be copied twice.
+
+    Images of two classes may have one name, where they lie in folders of their own.
+    """
+    places = [(source / row.file, source / row.label / row.file) for row in rows]
+    paths = [next(filter(Path.is_file, pair), None) for pair in places]
+    if missing := [f"{row.file} ({row.where})" for row, path in zip(rows, paths, strict=True) if path is None]:
         raise UserError(
             f"{len(missing)} of {len(rows)} listed images are neither at {source}/FILENAME nor at "
-            f"{source}/LABEL/FILENAME: {'; '.join(missing[:NAMED])}{more}"
+            f"{source}/LABEL/FILENAME: {first_of(missing, NAMED)}"
         )
-    return [path for path in paths if path]
-
-
-def _places(source: Path, row: Row) -> tuple[Path, Path]:
-    return source / row.file, source / row.label / row.file
-
-
-def _check_twice(rows: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Images of two classes may have one name, where they lie in folders of their own."""
+    found = [path for path in paths if path]
     listed: dict[Path | tuple[str, str], Row] = {}
-    for row, path in zip(rows, paths, strict=True):
+    for row, path in zip(rows, found, strict=True):
         for key in (path, (row.label, path.name)):  # the second: where it would be copied to
             before = listed.setdefault(key, row)
             if before is not row:
@@ -289,3 +273,4 @@ def _check_twice(rows: Sequence[Row], paths: Sequence[Path]) -> None:
                     f"{row.where}: {row.file} of class {row.label!r} is there already as {before.file} of class "
                     f"{before.label!r} ({before.where}): list an image once, or rename one of the two"
                 )
+    return found

@@ -1,14 +1,15 @@
 """A picture of a data set: some classes of each split, a row of images of each."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from preprocess.survey import Pictures
-from utils.images import decode_image
+from utils.images import open_image, plain_image
 from utils.report import short_name
 
 CLASSES, IMAGES = 6, 10  # shown of a split; of a class
@@ -19,61 +20,58 @@ INK, FAINT, PAPER = "#111827", "#4b5563", "#e5e7eb"  # paper darker than white: 
 Item = TypeVar("Item")
 
 
-def contact_sheet(folder: Path, splits: Mapping[str, Pictures]) -> Image.Image:
-    """Classes and images are evenly spread over the sorted ones; small images are enlarged by whole factors."""
-    rows = {split: _spread(sorted(_by_class(pictures).items()), CLASSES) for split, pictures in splits.items()}
-    height = sum(HEADING + len(classes) * (SIDE + GAP) for classes in rows.values())
+def contact_sheet(folder: Path, files: Mapping[str, Sequence[str]]) -> Image.Image:
+    """Return a sheet of evenly spread classes and images from the readable CLASS/FILEs, class by class, of each split.
+
+    Small images are enlarged by whole factors.
+    """
+    classes = {
+        split: [list(of_class) for _, of_class in groupby(of_split, lambda file: file.partition("/")[0])]
+        for split, of_split in files.items()
+    }
+    height = sum(HEADING + min(CLASSES, len(of_split)) * (SIDE + GAP) for of_split in classes.values())
     sheet = Image.new("RGB", (NAME + IMAGES * (SIDE + GAP), height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
     top = 0
-    for split, classes in rows.items():
-        all_classes, images = len(_by_class(splits[split])), len(splits[split].files)
-        heading = f"{split}: {all_classes:,} classes, {images:,} images"
-        ImageDraw.Draw(sheet).text((GAP, top + 6), heading, fill=INK, font=_font(13))
+    for split, of_split in classes.items():
+        heading = f"{split}: {len(of_split):,} classes, {len(files[split]):,} images"
+        draw.text((GAP, top + 6), heading, fill=INK, font=_font(13))
         top += HEADING
-        for class_name, of_class in classes:
-            _draw_class(sheet, top, class_name, _load(folder / split, splits[split], _spread(of_class, IMAGES)))
+        for of_class in spread(of_split, CLASSES):
+            _draw_name(draw, top, of_class[0].partition("/")[0])
+            for column, file in enumerate(spread(of_class, IMAGES)):
+                image = _load(folder / split / file)
+                left = NAME + column * (SIDE + GAP)
+                sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
             top += SIDE + GAP
     return sheet
 
 
-def _by_class(pictures: Pictures) -> dict[str, list[int]]:
-    """Class name -> indices of its pictures."""
-    classes: dict[str, list[int]] = {}
-    for index, file in enumerate(pictures.files):
-        classes.setdefault(file.partition("/")[0], []).append(index)
-    return classes
-
-
-def _spread(items: Sequence[Item], count: int) -> list[Item]:
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return `count` of the items at even distances, or all if they are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _load(root: Path, pictures: Pictures, indices: Sequence[int]) -> list[Image.Image]:
-    """The pictures, in their own proportions, at most SIDE pixels wide and high."""
-    images = []
-    for index in indices:
-        width, height = (int(side) for side in pictures.sizes[index])
-        factor = max(1, SIDE // max(width, height))
-        shrink = min(1.0, SIDE / max(width, height))
-        shape = (3, max(1, round(height * shrink)), max(1, round(width * shrink)))
-        pixels = decode_image(root / pictures.files[index], shape)
-        images.append(Image.fromarray(np.repeat(np.repeat(pixels, factor, axis=0), factor, axis=1)))
-    return images
-
-
-def _draw_class(sheet: Image.Image, top: int, class_name: str, images: Sequence[Image.Image]) -> None:
+def _draw_name(draw: ImageDraw.ImageDraw, top: int, class_name: str) -> None:
     lines = short_name(class_name.encode(errors="replace").decode()).split("\n")  # a name need not be valid Unicode
     for line, text in enumerate(lines):
         middle = top + SIDE / 2 + (line - (len(lines) - 1) / 2) * LINE
-        ImageDraw.Draw(sheet).text((NAME - GAP, middle), text, fill=FAINT, font=_font(11), anchor="rm")
-    for column, image in enumerate(images):
-        left = NAME + column * (SIDE + GAP)
-        sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+        draw.text((NAME - GAP, middle), text, fill=FAINT, font=_font(11), anchor="rm")
+
+
+def _load(path: Path) -> Image.Image:
+    """Return the picture, in its own proportions, at most SIDE pixels wide and high."""
+    with open_image(path) as opened:
+        image = plain_image(opened)
+    longer = max(image.size)
+    if longer > SIDE:
+        width, height = (max(1, round(side * SIDE / longer)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    factor = SIDE // longer
+    return Image.fromarray(np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's, which knows more scripts than Pillow's own."""
-    import matplotlib  # here, because it takes a while and most of a description does without
-
+    """Return matplotlib's font, which has more scripts than Pillow's own."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -7,8 +7,9 @@ Its 60,000 images take 15 to 25 seconds on 2 cores, 0.3 GB of memory. The contac
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ SIZES_SHOWN = 3  # a split with more different image sizes gets their range
 
 
 def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[str, Path]:
-    """The description as text, and where the contact sheet is: `output`, or NAME_contact_sheet.png in this folder.
+    """Return the description, and where the contact sheet is: `output`, or NAME_contact_sheet.png in this folder.
 
     A built-in data set that is missing is made. UserError for any other, for one that is incomplete, for a class
     without images, and for an `output` that is not a PNG file or cannot be written.
@@ -41,7 +42,7 @@ def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[
     if output.suffix.lower() != ".png" or not output.resolve().parent.is_dir():
         raise UserError(f"the contact sheet cannot be {output}: give --output a .png file in a folder that exists")
     splits = {split: survey(list_classes(folder / split)) for split in staging.SPLITS if (folder / split).is_dir()}
-    _save(contact_sheet(folder, splits), output)
+    _save(contact_sheet(folder, {split: pictures.files for split, pictures in splits.items()}), output)
     what = [f"{folder.name} in {folder}", published_note(folder)]
     sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
     return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
@@ -69,20 +70,20 @@ def _save(sheet: Image.Image, output: Path) -> None:
 
 
 def table(splits: Mapping[str, Pictures]) -> str:
-    """A column for each split."""
-    rows = [
-        ["", *splits],
-        ["classes", *(f"{len(_class_sizes(pictures)):,}" for pictures in splits.values())],
-        ["images", *(f"{len(pictures.files):,}" for pictures in splits.values())],
-        ["images per class", *(_range(_class_sizes(pictures)) for pictures in splits.values())],
-        *_lines("width x height", [image_sizes(pictures.sizes) for pictures in splits.values()]),
-        *_lines("stored as", [_kinds(pictures) for pictures in splits.values()]),
-        ["mean, R G B", *(_channels(pictures.mean) for pictures in splits.values())],
-        ["std, R G B", *(_channels(pictures.std) for pictures in splits.values())],
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    """Return a table with a column for each split."""
+    rows: dict[str, Callable[[Pictures], str]] = {
+        "classes": lambda pictures: f"{len(_class_sizes(pictures)):,}",
+        "images": lambda pictures: f"{len(pictures.files):,}",
+        "images per class": lambda pictures: _range(_class_sizes(pictures)),
+        "width x height": lambda pictures: "\n".join(image_sizes(pictures.sizes)),
+        "stored as": lambda pictures: "\n".join(_kinds(pictures)),
+        "mean, R G B": lambda pictures: _channels(pictures.mean),
+        "std, R G B": lambda pictures: _channels(pictures.std),
+    }
+    cells = [["", *splits], *([title, *map(cell, splits.values())] for title, cell in rows.items())]
+    lines = [line for row in cells for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("   ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _class_sizes(pictures: Pictures) -> np.ndarray:
@@ -95,7 +96,7 @@ def _range(counts: np.ndarray) -> str:
 
 
 def image_sizes(sizes: np.ndarray) -> list[str]:
-    """In words, a line each, from (N, 2) widths and heights: the different sizes, or the range if they are many."""
+    """Return a line for each different size of (N, 2) widths and heights, or the range if they are many."""
     different, counts = np.unique(sizes, axis=0, return_counts=True)
     if len(different) == 1:
         return ["{}x{}".format(*different[0])]
@@ -113,35 +114,28 @@ def _kinds(pictures: Pictures) -> list[str]:
 
 
 def _channels(values: np.ndarray) -> str:
-    """Three numbers, or one where they are the same, as for grey images."""
+    """Return three numbers, or one where they are the same, as for grey images."""
     shown = [f"{value:.3f}" for value in values]
     return shown[0] if len(set(shown)) == 1 else " ".join(shown)
 
 
-def _lines(title: str, cells: Sequence[list[str]]) -> list[list[str]]:
-    """Rows of the table from cells of several lines."""
-    height = max(map(len, cells))
-    padded = [cell + [""] * (height - len(cell)) for cell in cells]
-    return [[title if row == 0 else "", *(cell[row] for cell in padded)] for row in range(height)]
-
-
 def shared_classes(splits: Mapping[str, Pictures]) -> str:
-    """The classes that are in several splits; empty if there are none."""
+    """Return the classes that are in several splits; empty if there are none."""
     seen: dict[str, list[str]] = {}
     for split, pictures in splits.items():
         for class_name in sorted({file.partition("/")[0] for file in pictures.files}):
             seen.setdefault(class_name, []).append(split)
     shared = [f"{class_name} ({', '.join(where)})" for class_name, where in seen.items() if len(where) > 1]
-    return _list(f"Classes of one name in several splits: {len(shared):,}", shared, len(shared)) if shared else ""
+    return _list(f"Classes of one name in several splits: {len(shared):,}", shared) if shared else ""
 
 
 def duplicates(splits: Mapping[str, Pictures]) -> str:
     groups = identical(splits)
-    pairs = count_pairs(groups)
+    in_classes, in_splits, elsewhere = count_pairs(groups)
     across = [group for group in groups if len({path.partition("/")[0] for path in group}) > 1]
     same = (
-        f"Pairs of images with identical pixels: {sum(pairs):,} ({pairs.one_class:,} within a class, "
-        f"{pairs.one_split:,} between classes of a split, {pairs.across_splits:,} between splits)"
+        f"Pairs of images with identical pixels: {in_classes + in_splits + elsewhere:,} ({in_classes:,} within a "
+        f"class, {in_splits:,} between classes of a split, {elsewhere:,} between splits)"
     )
     found, best = near_duplicates(splits, SHOWN)
     near = (
@@ -149,17 +143,18 @@ def duplicates(splits: Mapping[str, Pictures]) -> str:
         f"(grey {THUMBNAIL}x{THUMBNAIL} thumbnails that correlate at {ALIKE} or more)"
     )
     alike = [f"{pair.correlation:.4f}  {pair.one}  ~  {pair.other}" for pair in best]
-    return _list(same, ["  =  ".join(group) for group in across], len(across)) + "\n\n" + _list(near, alike, found)
+    return _list(same, ["  =  ".join(group) for group in across]) + "\n\n" + _list(near, alike, found)
 
 
 def unreadable(folder: Path, splits: Mapping[str, Pictures]) -> str:
-    """The files that are not counted above; empty if there are none."""
+    """Return the files that are not counted above; empty if there are none."""
     bad = [f"{folder / split / file}: {reason}" for split in splits for file, reason in splits[split].bad]
-    return _list(f"Unreadable images, left out above: {len(bad):,}", bad, len(bad)) if bad else ""
+    return _list(f"Unreadable images, left out above: {len(bad):,}", bad) if bad else ""
 
 
-def _list(title: str, items: Sequence[str], count: int) -> str:
-    """The title and the first items of `count`, a line each."""
+def _list(title: str, items: Sequence[str], count: int | None = None) -> str:
+    """Return the title and the first items of `count`, which are all of them unless it is stated, a line each."""
+    count = len(items) if count is None else count
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
     return "\n  ".join([title, *items[:SHOWN], *more])
 

@@ -4,34 +4,30 @@ Enlarged to 32x32 and inverted to dark ink on light paper, as glyphs has it: a m
 other shapes by other hands, not a negative.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from preprocess.staging import Contents
+from preprocess.sources import DataSet, of_pictures
+from preprocess.writing import Picture
 
 SIDE = 32
 INK_LEVELS = 16  # load_digits has 0 (paper) to 16 (full ink)
 
 
-def write_digits(folder: Path) -> Contents:
-    """Write `folder`/test/0 to 9, 174 to 183 images each."""
-    from sklearn.datasets import (
-        load_digits,
-    )  # here, because entry points import this module and most never need it
+def digits(_: Path) -> Iterator[Picture]:
+    """Yield test/0 to 9, 174 to 183 images each."""
+    from sklearn.datasets import load_digits  # here, because it takes a while
 
-    digits = load_digits()
-    counts = {str(digit): 0 for digit in range(10)}
-    for class_name in counts:
-        (folder / "test" / class_name).mkdir(parents=True)
-    for image, label in tqdm(
-        zip(digits.images, digits.target, strict=True), "digits", len(digits.target), disable=None
-    ):
-        grey = np.rint(255 * (1 - image / INK_LEVELS)).astype(np.uint8)
-        class_name = str(label)
+    counts: Counter[str] = Counter()
+    for image, label in zip(*load_digits(return_X_y=True), strict=True):
+        grey = np.rint(255 * (1 - image.reshape(8, 8) / INK_LEVELS)).astype(np.uint8)
         picture = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
-        picture.save(folder / "test" / class_name / f"{counts[class_name]:03d}.png")
-        counts[class_name] += 1
-    return {"test": counts}
+        yield Picture("test", str(label), f"{counts[str(label)]:03d}.png", np.asarray(picture))
+        counts[str(label)] += 1
+
+
+DATA_SETS = (DataSet("digits", (of_pictures("digits", (), "", digits, 1797),)),)

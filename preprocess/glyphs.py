@@ -8,15 +8,16 @@ import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from preprocess.sources import DataSet, Source
 from preprocess.staging import Contents
 from utils.errors import UserError
+from utils.images import list_classes
 
 # Chosen once and written down, because classes must not change with the fonts or libraries of a machine.
 # Candidates were letters that do not decompose (no accents) and symbols of categories Sm and So, in at least
@@ -49,7 +50,7 @@ Colours = Callable[[np.random.RandomState], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Style:
-    """How far the pictures of a data set vary; every picture draws uniformly from each range."""
+    """A style says how far the pictures of a data set vary; each of them draws uniformly from every range."""
 
     name: str
     seed: int
@@ -67,7 +68,7 @@ def dark_on_light(random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray
 
 
 def any_on_texture(random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Paper of any colour with blotches of any size; ink that differs from it by 100 levels or more."""
+    """Return paper of any colour with blotches of any size, and ink that differs from it by 100 levels or more."""
     paper = random.uniform(0, 255, 3)
     ink = (paper + random.uniform(100, 156, 3)) % 256
     cells = random.randint(3, 9)
@@ -85,25 +86,28 @@ def draw(style: Style, folder: Path) -> Contents:
 
     UserError where the installed matplotlib's fonts lack a character.
     """
-    classes = [(split, character) for split in CHARACTERS for character in CHARACTERS[split]]
+    from preprocess.contact_sheet import contact_sheet  # here, because most who import this module never draw
+
     faces = faces_of("".join(CHARACTERS.values()))
+    contents = {
+        split: {class_name(character): IMAGES_PER_CLASS for character in CHARACTERS[split]} for split in CHARACTERS
+    }
+    classes = [(split, character) for split in CHARACTERS for character in CHARACTERS[split]]
     for split, character in tqdm(classes, desc=style.name, unit=" classes", disable=None):
         draw_class(style, character, faces[character], folder / split / class_name(character))
-    contact_sheet(folder).save(folder / "contact_sheet.png")
-    return {split: {class_name(character): IMAGES_PER_CLASS for character in CHARACTERS[split]} for split in CHARACTERS}
-
-
-draw_glyphs = partial(draw, PLAIN)
-draw_glyphs_colour = partial(draw, COLOUR)
+    contact_sheet(folder, {split: list_classes(folder / split).files for split in contents}).save(
+        folder / "contact_sheet.png"
+    )
+    return contents
 
 
 def class_name(character: str) -> str:
-    """For example U+0416_CYRILLIC_CAPITAL_LETTER_ZHE."""
+    """Return the folder of a character, such as U+0416_CYRILLIC_CAPITAL_LETTER_ZHE."""
     return f"U+{ord(character):04X}_{unicodedata.name(character).replace(' ', '_').replace('-', '_')}"
 
 
 def faces_of(characters: str) -> dict[str, list[ImageFont.FreeTypeFont]]:
-    """The faces that have each character. UserError where they are fewer than 8: no class gets lost."""
+    """Return the faces that have each character. UserError where they are fewer than 8: no class gets lost."""
     import matplotlib  # here, because entry points import this module and most never draw
     from matplotlib.ft2font import FT2Font
 
@@ -137,7 +141,7 @@ def draw_class(style: Style, character: str, faces: list[ImageFont.FreeTypeFont]
 
 
 def ink_mask(character: str, face: ImageFont.FreeTypeFont) -> Image.Image:
-    """The character's ink, white on black, cut to its ink box."""
+    """Return the character's ink, white on black, cut to its ink box."""
     canvas = Image.new("L", (4 * FONT_SIZE, 4 * FONT_SIZE))
     ImageDraw.Draw(canvas).text((FONT_SIZE, FONT_SIZE), character, fill=255, font=face)
     return canvas.crop(canvas.getbbox())
@@ -151,7 +155,7 @@ def picture(style: Style, mask: Image.Image, random: np.random.RandomState) -> I
 
 
 def place(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.ndarray:
-    """How much of each pixel the distorted and shifted glyph covers, 0 to 1: (SIDE, SIDE)."""
+    """Return how much of each pixel the distorted and shifted glyph covers, 0 to 1: (SIDE, SIDE)."""
     turn, lean, size, wide, tall, right, down = random.uniform(-1, 1, 7)
     width, height = mask.size
     scale = np.interp(size, (-1, 1), style.extent) / max(width, height)
@@ -164,7 +168,7 @@ def place(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.
     c, d = sin * scale_x, (sin * shear + cos) * scale_y
     x = SIDE / 2 + right * _slack(style, abs(a) * width + abs(b) * height)
     y = SIDE / 2 + down * _slack(style, abs(c) * width + abs(d) * height)
-    # Pillow asks for the way back, here from the pixels of a picture of twice the side.
+    # Pillow wants the way back, here from the pixels of a picture of twice the side.
     det = 2 * (a * d - b * c)
     back_x = d / det, -b / det, width / 2 - 2 * (d * x - b * y) / det
     back_y = -c / det, a / det, height / 2 - 2 * (a * y - c * x) / det
@@ -174,24 +178,12 @@ def place(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.
 
 
 def _slack(style: Style, side: float) -> float:
-    """How far a glyph with an ink box of `side` pixels may be shifted: to one pixel from the edge."""
+    """Return how far a glyph with an ink box of `side` pixels may be shifted: to one pixel from the edge."""
     return min(max((SIDE - side) / 2 - 1, 0), style.shift)
 
 
-def contact_sheet(folder: Path, rows: int = 8, columns: int = 12) -> Image.Image:
-    """`rows` classes of each split of a drawn data set, evenly spread, one in a line with its name below."""
-    label, cell = 12, SIDE + 2
-    font = ImageFont.load_default(9)
-    lines = [line for split in CHARACTERS for line in _spread(sorted((folder / split).iterdir()), rows)]
-    sheet = Image.new("RGB", (columns * cell, len(lines) * (cell + label)), "white")
-    for row, line in enumerate(lines):
-        top = row * (cell + label)
-        for column, file in enumerate(_spread(sorted(line.iterdir()), columns)):
-            sheet.paste(Image.open(file), (column * cell, top))
-        name = f"{line.parent.name}: {line.name}"
-        ImageDraw.Draw(sheet).text((1, top + SIDE), name, fill="black", font=font)
-    return sheet
+def _declare(style: Style) -> DataSet:
+    return DataSet(style.name, (Source((), "", lambda _, folder: draw(style, folder)),))
 
 
-def _spread(paths: list[Path], count: int) -> list[Path]:
-    return [paths[i * len(paths) // count] for i in range(count)]
+DATA_SETS = (_declare(PLAIN), _declare(COLOUR))

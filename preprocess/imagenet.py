@@ -7,8 +7,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from preprocess import array_files, class_archives
-from preprocess.sources import Published, Recipe, Source, of_pictures, read_split
+from preprocess import class_archives
+from preprocess.array_files import (
+    data_and_labels,
+    each_split,
+    image_data_and_class_dict,
+    npz_and_labels,
+    pngs_and_labels,
+    source,
+)
+from preprocess.sources import DataSet, Published, Source, of_pictures, split_of_classes
 from preprocess.writing import Picture
 from utils.errors import UserError
 
@@ -18,19 +26,22 @@ TIERED = Published(
     {"train": 351, "val": 97, "test": 160},
     {"train": 448_695, "val": 124_261, "test": 206_209},
 )
+METAOPTNET = "https://github.com/kjunelee/MetaOptNet"
+REN = "https://github.com/renmengye/few-shot-ssl-public"
 
 
 def linked(name: str, images_per_class: int | None, archives: Path) -> Iterator[Picture]:
-    """Links to the first images by name of each class, or to all, of ImageNet in class folders.
+    """Yield links to the first images by name of each class, or to all, of ImageNet in class folders.
 
     Prints how many classes have none, as most have in a sample. UserError where no class has any.
     """
     root = archives / FOLDER
     root = root / "train" if (root / "train").is_dir() else root
-    split_of = {class_name: split for split, classes in read_split(name).items() for class_name in classes}
+    split_of = split_of_classes(name)
     missing = []
     for class_name, split in split_of.items():
-        files = _jpegs(root / class_name)
+        paths = (root / class_name).glob("[!.]*")
+        files = sorted(path for path in paths if path.suffix.lower() in (".jpeg", ".jpg"))
         missing += [] if files else [class_name]
         for file in files[:images_per_class]:
             yield Picture(split, class_name, file.name, file.absolute())
@@ -39,12 +50,6 @@ def linked(name: str, images_per_class: int | None, archives: Path) -> Iterator[
         if len(missing) == len(split_of):
             raise UserError(f"{lacks}: add them")
         print(f"note: {lacks}")
-
-
-def _jpegs(folder: Path) -> list[Path]:
-    """By name; none where there is no such folder."""
-    suffixes = (".jpeg", ".jpg")
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in suffixes)
 
 
 def _folders(name: str, images_per_class: int | None, published: Published) -> Source:
@@ -56,7 +61,8 @@ def _folders(name: str, images_per_class: int | None, published: Published) -> S
     return of_pictures(name, (FOLDER,), origin, partial(linked, name, images_per_class), published.total)
 
 
-MINI_IMAGENET = Recipe(
+MINI_IMAGENET = DataSet(
+    "mini_imagenet",
     (
         class_archives.source(
             "mini_imagenet",
@@ -65,44 +71,44 @@ MINI_IMAGENET = Recipe(
             "https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch",
             MINI.total,
         ),
-        array_files.source(
+        source(
             "mini_imagenet",
-            array_files.each_split("miniImageNet_category_split_{}.pickle")
+            each_split("miniImageNet_category_split_{}.pickle")
             | {"train": ["miniImageNet_category_split_train_phase_train.pickle"]},
-            array_files.data_and_labels,
-            "MetaOptNet's pickles, 84x84: https://github.com/kjunelee/MetaOptNet",
+            data_and_labels,
+            f"MetaOptNet's pickles, 84x84: {METAOPTNET}",
             MINI.total,
         ),
-        array_files.source(
+        source(
             "mini_imagenet",
-            array_files.each_split("mini-imagenet-cache-{}.pkl"),
-            array_files.image_data_and_class_dict,
-            "the pickles of Ren et al., 84x84: https://github.com/renmengye/few-shot-ssl-public, "
-            "https://www.kaggle.com/datasets/whitemoon/miniimagenet",
+            each_split("mini-imagenet-cache-{}.pkl"),
+            image_data_and_class_dict,
+            f"the pickles of Ren et al., 84x84: {REN}, https://www.kaggle.com/datasets/whitemoon/miniimagenet",
             MINI.total,
         ),
         _folders("mini_imagenet", 600, MINI),
     ),
     MINI,
 )
-
-TIERED_IMAGENET = Recipe(
+TIERED_IMAGENET = DataSet(
+    "tiered_imagenet",
     (
-        array_files.source(
+        source(
             "tiered_imagenet",
-            array_files.each_split("{}_images.npz", "{}_labels.pkl"),
-            array_files.npz_and_labels,
-            "MetaOptNet's arrays, 84x84: https://github.com/kjunelee/MetaOptNet",
+            each_split("{}_images.npz", "{}_labels.pkl"),
+            npz_and_labels,
+            f"MetaOptNet's arrays, 84x84: {METAOPTNET}",
             TIERED.total,
         ),
-        array_files.source(
+        source(
             "tiered_imagenet",
-            array_files.each_split("{}_images_png.pkl", "{}_labels.pkl"),
-            array_files.pngs_and_labels,
-            "the pickles of Ren et al., 84x84: https://github.com/renmengye/few-shot-ssl-public",
+            each_split("{}_images_png.pkl", "{}_labels.pkl"),
+            pngs_and_labels,
+            f"the pickles of Ren et al., 84x84: {REN}",
             TIERED.total,
         ),
         _folders("tiered_imagenet", None, TIERED),
     ),
     TIERED,
 )
+DATA_SETS = (MINI_IMAGENET, TIERED_IMAGENET)

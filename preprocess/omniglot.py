@@ -6,16 +6,17 @@ characters its authors drew is not published, so it is a seeded draw of our own.
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from preprocess.archives import members, open_zip
-from preprocess.sources import Published, Recipe, Source
+from preprocess.sources import DataSet, Published, of_pictures
 from preprocess.staging import Contents
+from preprocess.writing import Picture
 from utils.errors import UserError
 from utils.images import open_image
 
@@ -25,6 +26,7 @@ SPLIT_SEED = 0
 IMAGES_PER_CLASS = 20
 DRAWN_SIDE, SIDE = 105, 28  # pixels
 MAX_BYTES = 2**16  # an original takes about 200
+ORIGIN = "Omniglot's two archives, Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot"
 MD5 = {  # as its authors published the archives
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
@@ -33,29 +35,22 @@ MD5 = {  # as its authors published the archives
 MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)
 
 
-def unpack(dataset_dir: Path, folder: Path) -> Contents:
-    """Write the drawings of both archives in `dataset_dir` to `folder`/SPLIT/ALPHABET_characterNN, made small.
+def pictures(archives: Path) -> Iterator[Picture]:
+    """Yield the drawings of both archives, made small, of classes ALPHABET_characterNN.
 
-    UserError, before anything is written, where an archive is missing or has not all its drawings.
+    UserError, before the first, where an archive is missing or has not all its drawings.
     """
-    drawings = {archive: _drawings(dataset_dir, archive) for archive in ARCHIVES}
+    drawings = {archives / f"{archive}.zip": _drawings(archives / f"{archive}.zip", archive) for archive in ARCHIVES}
     contents = split_classes({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
-    folder_of = {name: folder / split / name for split, classes in contents.items() for name in classes}
-    for path in folder_of.values():
-        path.mkdir(parents=True)
-    total = sum(map(len, drawings.values()))
-    with tqdm(total=total, desc="omniglot", unit=" images", disable=None) as bar:
-        for archive, of_archive in drawings.items():
-            path = _path(dataset_dir, archive)
-            for name, content in members(path, ORIGIN, of_archive.__contains__, MAX_BYTES):
-                class_name, file = of_archive[name]
-                shrink(content, f"{name!r} in {path}").save(folder_of[class_name] / file)
-                bar.update()
-    return contents
+    split_of = {class_name: split for split, classes in contents.items() for class_name in classes}
+    for path, of_archive in drawings.items():
+        for name, content in members(path, ORIGIN, of_archive.__contains__, MAX_BYTES):
+            class_name, file = of_archive[name]
+            yield Picture(split_of[class_name], class_name, file, np.asarray(shrink(content, f"{name!r} in {path}")))
 
 
 def split_classes(names: set[str]) -> Contents:
-    """The classes of each split: a permutation of the sorted names, cut at 1150 and 1200.
+    """Return the classes of each split: a permutation of the sorted names, cut at 1150 and 1200.
 
     UserError where they are not 1623, as when a character is in both archives.
     """
@@ -73,7 +68,7 @@ def split_classes(names: set[str]) -> Contents:
 
 
 def shrink(png: bytes, name: str) -> Image.Image:
-    """The drawing at 28x28, one channel. UserError, which names it, if it is not a readable image of 105x105."""
+    """Return the drawing at 28x28, one channel. UserError, which names it, if it is no readable image of 105x105."""
     try:
         with open_image(BytesIO(png)) as drawing:
             if drawing.size == (DRAWN_SIDE, DRAWN_SIDE):
@@ -84,10 +79,10 @@ def shrink(png: bytes, name: str) -> Image.Image:
     raise UserError(f"{name} is not a drawing of {DRAWN_SIDE}x{DRAWN_SIDE} pixels ({reason}). Fetch the archive again")
 
 
-def _drawings(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
-    """Member name -> class and file name. UserError if the archive has not all its characters and drawings."""
+def _drawings(path: Path, archive: str) -> dict[str, tuple[str, str]]:
+    """Return member name -> class and file name. UserError if the archive has not all its characters and drawings."""
     drawings = {}
-    with open_zip(_path(dataset_dir, archive), ORIGIN) as opened:
+    with open_zip(path, ORIGIN) as opened:
         for name in opened.namelist():
             match = MEMBER.fullmatch(name)
             if match and match[1] == archive:
@@ -97,18 +92,13 @@ def _drawings(dataset_dir: Path, archive: str) -> dict[str, tuple[str, str]]:
     if odd or len(images) != ARCHIVES[archive]:
         found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
         raise UserError(
-            f"{_path(dataset_dir, archive)} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
+            f"{path} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
             f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
         )
     return drawings
 
 
-def _path(dataset_dir: Path, archive: str) -> Path:
-    return dataset_dir / f"{archive}.zip"
-
-
-ORIGIN = "Omniglot's two archives, Lake et al. 2015; folder python/ of https://github.com/brendenlake/omniglot"
-RECIPE = Recipe(
-    (Source(tuple(MD5), ORIGIN, unpack, tuple(MD5.items())),),
-    Published(SPLIT_SIZES, IMAGES_PER_CLASS),
+PUBLISHED = Published(SPLIT_SIZES, IMAGES_PER_CLASS)
+DATA_SETS = (
+    DataSet("omniglot", (of_pictures("omniglot", MD5, ORIGIN, pictures, PUBLISHED.total, MD5.items()),), PUBLISHED),
 )

@@ -1,15 +1,18 @@
 """Reading pickles that came from elsewhere without running anything that they say.
 
-A pickle is a program. This reader knows only the instructions that build arrays, lists, dicts, bytes, strings
-and numbers, of protocols 0 to 5, Python 2 and 3; any other ends in an error that names it. Files are mapped
-into memory and large arrays are views of them, so that reading one takes hardly any.
+A pickle is a program. `pickletools.genops` looks it through first: only the instructions that build arrays, lists,
+dicts, bytes, strings and numbers, of protocols 0 to 5, Python 2 and 3, are passed on, and large data stay in the file,
+which is mapped into memory. Then Python's own unpickler runs what is left, with stand-ins for all that it may call.
 """
 
+import io
 import mmap
 import pickle
+import pickletools
 import re
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +22,36 @@ from preprocess.archives import is_web_page
 from utils.errors import UserError
 
 LARGE = 2**12  # bytes from which on an object stays in the file
-RELEASE = 2**26  # bytes after which what was read is given back
+RELEASE = 2**26  # bytes after which the memory of what was read is released
 # Limits of what a pickle may make out of little: instructions, of 130 bytes of memory at most, and bytes of objects.
 FREE_STEPS, BYTES_PER_STEP = 2**21, 64  # so many steps, and one more for each so many bytes of the file
 FREE_BYTES, BYTES_PER_BYTE = 2**24, 4
 
+REFUSED = {  # instructions: what they make
+    **dict.fromkeys(("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"), "an instance of a class"),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), "a registered class"),
+    **dict.fromkeys(("PERSID", "BINPERSID"), "an object kept elsewhere"),
+    **dict.fromkeys(("NEXT_BUFFER", "READONLY_BUFFER"), "a buffer kept elsewhere"),
+    **dict.fromkeys(("EMPTY_SET", "ADDITEMS", "FROZENSET"), "a set"),
+}
+CHECKED = {  # instructions: what stands for them, so that `persistent_load` sees what they make
+    "FRAME": b"",  # it announces a size that changes
+    "EMPTY_DICT": pickle.EMPTY_LIST + pickle.BINPERSID,
+    "DICT": pickle.LIST + pickle.BINPERSID,
+    "REDUCE": pickle.REDUCE + pickle.TUPLE1 + pickle.BINPERSID,
+    "BUILD": pickle.TUPLE2 + pickle.BINPERSID,
+}
+DATA = {"BINSTRING": 5, "BINBYTES": 5, "BINBYTES8": 9, "BYTEARRAY8": 9}  # instructions: where their bytes begin
+
 
 class RefusedError(Exception):
-    """What a pickle holds that it must not, in words."""
+    """The pickle holds what it must not; the message names it."""
 
 
 def read_pickle(path: Path) -> Any:
-    """What the pickle at `path` holds: lists, dicts, arrays, str, numbers, None, and bytes, which may be memoryviews.
+    """Return what the pickle at `path` holds: lists, dicts, arrays, str, numbers, None, and bytes or views of them.
 
-    Arrays cannot be written to. Python 2's strings come as Latin-1 text, those from 4 KiB on as bytes. UserError,
+    Arrays cannot be written to. Python 2's strings become Latin-1 text, those from 4 KiB on views of bytes. UserError,
     which names the file and what it holds, for anything else and for a damaged file.
     """
     if is_web_page(path):
@@ -43,23 +62,18 @@ def read_pickle(path: Path) -> Any:
         return loads(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
-def release(data: np.ndarray | memoryview) -> None:
-    """Give back the memory that the file behind data of read_pickle takes; it is read again when needed."""
-    base: Any = data
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    _release(base)
-
-
-def _release(data: Any) -> None:
+def release(data: Any) -> None:
+    """Give back the memory that the mapped file behind `data` takes; what is needed again is read again."""
+    while isinstance(data, np.ndarray | memoryview):
+        data = data.base if isinstance(data, np.ndarray) else data.obj
     if isinstance(data, mmap.mmap) and hasattr(data, "madvise"):
         data.madvise(mmap.MADV_DONTNEED)
 
 
 def loads(data: bytes | mmap.mmap, name: str) -> Any:
-    """As read_pickle, of data in memory; `name` is for errors."""
+    """Return what the pickle `data` holds, as read_pickle does; `name` is for errors."""
     try:
-        return _finished(_Unpickler(_Source(data)).load())
+        return _finished(_Unpickler(data).load())
     except RefusedError as refused:
         raise UserError(
             f"{name} holds {refused}. It may hold nothing but arrays, lists, dicts, bytes, strings and numbers: "
@@ -72,30 +86,11 @@ def loads(data: bytes | mmap.mmap, name: str) -> Any:
         raise UserError(f"{name} is damaged or not a pickle ({what}). Fetch it again") from error
 
 
-class _Source:
-    """The file that the unpickler reads; sizes beyond its end are noticed before any memory is taken."""
-
-    def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.view = data, memoryview(data)
-        self.at = self.released = 0  # how far it was read, and given back
-
-    def read(self, size: int) -> bytes | memoryview:
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.view):
-            raise EOFError(f"{size} bytes announced, but only {len(self.view) - start} left")
-        if self.at - self.released > RELEASE:
-            self.released = self.at
-            _release(self.data)
-        return self.view[start : self.at] if size >= LARGE else self.data[start : self.at]
-
-    def readline(self) -> bytes:
-        start, end = self.at, self.data.find(b"\n", self.at)
-        self.at = end + 1 if end >= 0 else len(self.view)
-        return self.data[start : self.at]
+# --- what a pickle may make --------------------------------------------------------------------------------
 
 
 class _Dtype:
-    """Stands for numpy.dtype while a pickle is read: a number or string type, never objects or fields."""
+    """This class stands for numpy.dtype while a pickle is read: a number or string type, never objects or fields."""
 
     def __init__(self, code: str, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|[SU]\d{1,4})", code):
@@ -107,19 +102,25 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray while a pickle is read, which gives the contents after the object."""
+    """This class stands for numpy.ndarray while a pickle is read: the contents may come after the object."""
 
     array: np.ndarray
 
     def set_state(self, state: tuple[Any, ...]) -> None:
         shape, dtype, is_fortran, data = state[-4:]
-        self.fill(data, dtype, shape, "F" if is_fortran else "C")
+        self.array = _frombuffer(data, dtype, shape, "F" if is_fortran else "C").array
 
-    def fill(self, data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
-        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
-        flat = np.frombuffer(data, dtype.dtype) if len(data) else np.empty(0, dtype.dtype)
-        self.array = flat.reshape(shape, order=order)
 
+class _Dict(dict[Any, Any]):
+    """This class stands for dict, which would hash any key: that of nested tuples may take years."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int | float | bytes):
+            raise RefusedError(f"a dict with a {type(key).__name__} as key")
+        super().__setitem__(key, value)
+
+
+_Dict.__name__ = "dict"  # in error messages
 
 _NDARRAY = "numpy.ndarray"  # only named in pickles, as the class to make
 
@@ -131,9 +132,11 @@ def _reconstruct(kind: object, shape: object, code: object) -> _Array:
 
 
 def _frombuffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> _Array:
-    array = _Array()
-    array.fill(data, dtype, shape, order)
-    return array
+    data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
+    flat = np.frombuffer(data, dtype.dtype) if len(data) else np.empty(0, dtype.dtype)
+    made = _Array()
+    made.array = flat.reshape(shape, order=order)
+    return made
 
 
 def _scalar(dtype: _Dtype, data: Any) -> int | float | str | bytes:
@@ -147,13 +150,13 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def _bytes(data: Any = b"", encoding: str = "latin1") -> bytes | memoryview:
-    """As Python 3 writes bytes in old protocols. Of a number, bytes() would make as many zeros."""
+    """Return bytes as Python 3 writes them in old protocols. Of a number, bytes() would make as many zeros."""
     if isinstance(data, str):
         return _encode(data, encoding)
     return data if isinstance(data, bytes) else memoryview(data)
 
 
-ALLOWED: dict[str, object] = {
+ALLOWED: dict[str, Any] = {
     "numpy.ndarray": _NDARRAY, "numpy.dtype": _Dtype, "_codecs.encode": _encode,
     **{f"numpy.{core}.multiarray.{name}": function
        for core in ("core", "_core") for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))},
@@ -161,113 +164,111 @@ ALLOWED: dict[str, object] = {
     **{f"{module}.{name}": _bytes for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
 }  # fmt: skip
 
-REFUSED = {  # instructions: what they make
-    **dict.fromkeys((pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX), "an instance of a class"),
-    **dict.fromkeys((pickle.EXT1, pickle.EXT2, pickle.EXT4), "a registered class"),
-    **dict.fromkeys((pickle.PERSID, pickle.BINPERSID), "an object kept elsewhere"),
-    **dict.fromkeys((pickle.NEXT_BUFFER, pickle.READONLY_BUFFER), "a buffer kept elsewhere"),
-    **dict.fromkeys((pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET), "a set"),
-}
+
+# --- reading -----------------------------------------------------------------------------------------------
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's unpickler written in Python, with other instructions for what must be checked.
+class _Unread(bytes):
+    """These bytes have a length but no contents; they stand for large ones that nobody needs in memory."""
 
-    The one written in C takes memory for sizes, and for numbers of objects, that a file only claims.
-    """
+    size = 0
 
-    stack: list[Any]  # these two are the base class's, undocumented
-    pop_mark: Callable[[], list[Any]]
+    def __len__(self) -> int:
+        return self.size
 
-    def __init__(self, source: _Source) -> None:
-        super().__init__(source)  # type: ignore[arg-type]  # large reads are memoryviews
-        self.read, self.readline = source.read, source.readline
-        self.handlers: dict[int, Any] = {**self.dispatch, **HANDLERS}
-        size = len(source.view)
-        self.max_steps, self.max_made = FREE_STEPS + size // BYTES_PER_STEP, FREE_BYTES + size * BYTES_PER_BYTE
-        self.made = 0  # bytes
 
-    def load(self) -> Any:
-        self.metastack: list[list[Any]] = []
-        self.stack = []
-        self.append = self.stack.append
-        try:
-            for _ in range(self.max_steps):
-                code = self.read(1)
-                if code in REFUSED:
-                    raise RefusedError(REFUSED[bytes(code)])
-                self.handlers[code[0]](self)
-            raise RefusedError(f"more objects than its size allows, {self.max_steps:,}")
-        except pickle._Stop as stop:  # type: ignore[attr-defined]
-            return stop.value
+class _File:
+    """This is a pickle in the form that genops reads. A size beyond its end is an error before it takes memory."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.data = data
+        self.at = self.released = 0  # how far it was read, and its memory released
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int) -> bytes:
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise EOFError(f"{size} bytes announced, but only {len(self.data) - start} left")
+        if self.at - self.released > RELEASE:
+            self.released = self.at
+            release(self.data)
+        if size < LARGE:
+            return self.data[start : self.at]
+        unread = _Unread()
+        unread.size = size
+        return unread
+
+    def readline(self) -> bytes:
+        start, end = self.at, self.data.find(b"\n", self.at)
+        self.at = end + 1 if end >= 0 else len(self.data)
+        if self.data[start - 1 : start] == pickle.STRING:
+            return b"''\n"  # genops takes strings for ASCII, but Python 2's are not
+        return self.data[start : self.at]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Python's unpickler runs a checked copy of the pickle `data` here."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.views: list[memoryview] = []  # of large data
+        self.made, self.max_made = 0, FREE_BYTES + len(data) * BYTES_PER_BYTE  # bytes
+        super().__init__(io.BytesIO(self.checked(data)), encoding="latin1")
+
+    def checked(self, data: bytes | mmap.mmap) -> bytearray:
+        """Return the instructions of `data`, with large data as persistent ids and objects numbered without gaps."""
+        file, copy, max_steps = _File(data), bytearray(), FREE_STEPS + len(data) // BYTES_PER_STEP
+        numbers: dict[int, int] = {}  # Python's own reader makes a table as long as the highest one
+        operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(file)  # type: ignore[arg-type]
+        for step, (opcode, argument, start) in enumerate(operations):
+            name, data_start = opcode.name, start + DATA.get(opcode.name, 0)
+            if step == max_steps:
+                raise RefusedError(f"more objects than its size allows, {max_steps:,}")
+            if name in REFUSED:
+                raise RefusedError(REFUSED[name])
+            if name in CHECKED:
+                copy += CHECKED[name]
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                number = len(numbers) if argument is None else argument
+                copy += pickle.LONG_BINPUT + struct.pack("<I", numbers.setdefault(number, len(numbers)))
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                copy += pickle.LONG_BINGET + struct.pack("<I", numbers[argument])
+            elif name in DATA and file.at - data_start >= LARGE:
+                copy += pickle.BININT + struct.pack("<i", len(self.views)) + pickle.BINPERSID
+                self.views.append(memoryview(data)[data_start : file.at])
+            else:
+                copy += data[start : file.at]
+        return copy
+
+    def persistent_load(self, what: Any) -> Any:
+        """Return what a checked instruction makes of `what` it left: a number, the items of a dict, or a tuple."""
+        if isinstance(what, int):
+            return self.views[what]
+        if isinstance(what, list):
+            target = _Dict()
+            for key, value in zip(what[::2], what[1::2], strict=True):
+                target[key] = value
+            return target
+        made, *state = what
+        if state and not isinstance(made, _Array | _Dtype):
+            raise RefusedError(f"a {type(made).__name__} with attributes of its own")
+        if state:
+            made.set_state(*state)
+        array = getattr(made, "array", None)  # of one text that is in the file once, a hundred may be made
+        self.made += sys.getsizeof(made) if array is None else array.nbytes
+        if self.made > self.max_made:
+            raise RefusedError("objects of many times its size")
+        return made
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in ALLOWED:
             raise RefusedError(f"{module}.{name}".encode("unicode_escape").decode())
         return ALLOWED[f"{module}.{name}"]
 
-    def _decode_string(self, value: bytes | memoryview) -> str | bytes | memoryview:
-        return str(value, "latin1") if len(value) < LARGE else value
-
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], _Array | _Dtype):
-            raise RefusedError(f"a {type(self.stack[-1]).__name__} with attributes of its own")
-        self.stack[-1].set_state(state)
-        self._count(self.stack[-1])
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = self.stack[-1](*arguments)
-        self._count(self.stack[-1])
-
-    def _count(self, made: Any) -> None:
-        """Of one text that is in the file once, a hundred arrays may be made."""
-        array = getattr(made, "array", None)
-        self.made += sys.getsizeof(made) if array is None else array.nbytes
-        if self.made > self.max_made:
-            raise RefusedError("objects of many times its size")
-
-    def load_frame(self) -> None:
-        self.read(8)  # the size of what follows, which only helps to read ahead
-
-    def load_bytearray8(self) -> None:
-        self.append(self.read(int.from_bytes(self.read(8), "little")))
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _set_items(self.stack[-1], [key, value])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        _set_items(self.stack[-1], items)
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        _set_items(self.stack[-1], items)
-
-
-HANDLERS: dict[int, Callable[[_Unpickler], None]] = {
-    pickle.BUILD[0]: _Unpickler.load_build,
-    pickle.REDUCE[0]: _Unpickler.load_reduce,
-    pickle.FRAME[0]: _Unpickler.load_frame,
-    pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8,
-    pickle.SETITEM[0]: _Unpickler.load_setitem,
-    pickle.SETITEMS[0]: _Unpickler.load_setitems,
-    pickle.DICT[0]: _Unpickler.load_dict,
-}
-
-
-def _set_items(target: dict[Any, Any], items: list[Any]) -> None:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | bytes):  # to hash nested tuples may take years
-            raise RefusedError(f"a dict with a {type(key).__name__} as key")
-        target[key] = value
-
 
 def _finished(value: Any) -> Any:
-    """`value` with arrays in the place of their stand-ins; whatever a data set has no use for is refused."""
+    """Return `value` with arrays in the place of their stand-ins; whatever a data set has no use for is refused."""
     root = [value]
     todo: list[list[Any] | dict[Any, Any]] = [root]
     seen = set()
@@ -275,7 +276,8 @@ def _finished(value: Any) -> Any:
         box = todo.pop()
         if id(box) not in seen:
             seen.add(id(box))  # a list may hold itself, or another one many times
-            for key, item in enumerate(box) if isinstance(box, list) else list(box.items()):
+            pairs: Iterable[tuple[Any, Any]] = enumerate(box) if isinstance(box, list) else list(box.items())
+            for key, item in pairs:
                 if isinstance(item, _Array):
                     box[key] = item.array
                 elif isinstance(item, list | dict):

@@ -11,43 +11,37 @@ line makes one of your own images. Any other NAME is made from an archive of cla
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 if not __package__:  # run as a script: Python looks for modules in this folder, not in the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess import cifar100, class_archives, class_folders, cub, digits, glyphs, imagenet, omniglot, staging
-from preprocess.sources import Recipe, check, choose, note, note_checksums
+from preprocess import class_archives, class_folders, staging
+from preprocess.sources import DataSet, check, choose, note, note_checksums
 from preprocess.staging import Maker
 from utils import entry
 from utils.errors import UserError
-from utils.names import canonical_name, find_dataset, is_plain
+from utils.names import KNOWN, canonical_name, find_dataset, is_plain
 
-# What needs no download.
-BUILT_IN: dict[str, Callable[[Path], staging.Contents]] = {
-    "glyphs": glyphs.draw_glyphs,
-    "glyphs_colour": glyphs.draw_glyphs_colour,
-    "digits": digits.write_digits,
-}
-# What is made from an archive.
-RECIPES: dict[str, Recipe] = {
-    "mini_imagenet": imagenet.MINI_IMAGENET,
-    "tiered_imagenet": imagenet.TIERED_IMAGENET,
-    "CIFAR_FS": cifar100.CIFAR_FS,
-    "FC100": cifar100.FC100,
-    "CUB": cub.RECIPE,
-    "omniglot": omniglot.RECIPE,
-}
+
+def declared(name: str) -> DataSet:
+    """Return the declaration of a data set, in any spelling; one that is not known has no sources of its own."""
+    name = canonical_name(name)
+    if name not in KNOWN:
+        return DataSet(name)
+    data_sets: Sequence[DataSet] = import_module(f"preprocess.{KNOWN[name].module}").DATA_SETS
+    return next(data_set for data_set in data_sets if data_set.name == name)
 
 
 def prepare(name: str, dataset_dir: Path, make: Maker | None = None) -> Path:
-    """Make data set `name`, in any spelling, in `dataset_dir`, where its archive lies. Returns its folder.
+    """Make data set `name`, in any spelling, in `dataset_dir`, where its archive lies, and return its folder.
 
-    `make` fills it in the place of the recipe of that name. UserError for an unknown name, a missing or damaged
-    archive, one that holds other than what was published, a full disk, a folder that is incomplete, and one that is
-    there but was made from something other than what `make` takes.
+    `make` fills it in the place of what is declared. UserError for an unknown name, a missing or damaged archive, one
+    that holds other than what was published, a full disk, a folder that is incomplete, and one that is there but was
+    made from something other than what `make` takes.
     """
     target = find_dataset(dataset_dir, name)
     if staging.is_present(target):
@@ -63,36 +57,38 @@ def prepare(name: str, dataset_dir: Path, make: Maker | None = None) -> Path:
 
 
 def published_note(target: Path) -> str:
-    """A line that says how the data set at `target` differs from the published one; empty if it does not."""
-    known = canonical_name(target.name)
-    published = RECIPES[known].published if known in RECIPES else None
-    return note(known, staging.count_images(target), published) if published else ""
+    """Return a line on how the data set at `target` differs from the published one; empty if it does not."""
+    data_set = declared(target.name)
+    return note(data_set.name, staging.count_images(target), data_set.published) if data_set.published else ""
 
 
 def maker(name: str, dataset_dir: Path) -> Maker:
-    """What fills a folder with data set `name`. UserError for an unknown name and for a missing archive."""
+    """Return what fills a folder with data set `name`. UserError for an unknown name and for a missing archive."""
     if not is_plain(name):
         raise UserError(f"--datasets {name!r} cannot be the name of a folder in {dataset_dir}")
-    known = canonical_name(name)
-    if known in BUILT_IN:
-        return Maker(BUILT_IN[known], "")
-    others = class_archives.any_source(known)
-    if known not in RECIPES and not any(os.path.lexists(dataset_dir / source.needs[0]) for source in others):
-        raise UserError(_no_recipe(name, dataset_dir))
-    recipe = RECIPES.get(known, Recipe(()))
-    source = choose(known, recipe, others, dataset_dir)
+    data_set = declared(name)
+    others = class_archives.any_source(data_set.name)
+    if not data_set.sources and not any(os.path.lexists(dataset_dir / source.needs[0]) for source in others):
+        lower = {known.lower(): known for known in KNOWN}
+        nearest = lower[get_close_matches(name.lower(), lower, n=1, cutoff=0)[0]]
+        raise UserError(
+            f"no recipe for data set {name!r}; did you mean {nearest}? Known: {', '.join(KNOWN)}. "
+            f"For any other, put {name}.zip or {name}.tar with class folders {{train,val,test}}/CLASS/* into "
+            f"{dataset_dir}, or split class folders of your own with --from_folder DIR --split 0.64 0.16 0.2"
+        )
+    source = choose(data_set, others, dataset_dir)
 
     def make(folder: Path) -> staging.Contents:
         note_checksums(source, dataset_dir)
         contents = source.unpack(dataset_dir, folder)
-        check(known, contents, recipe.published)
+        check(data_set.name, contents, data_set.published)
         return contents
 
     return Maker(make, " and ".join(source.needs))
 
 
 def _check_all(names: Sequence[str], dataset_dir: Path) -> None:
-    """UserError that says of each data set which cannot be made why; before the first, which may take long."""
+    """Raise UserError that says of each data set which cannot be made why; before the first, which may take long."""
     reasons = []
     for name in names:
         try:
@@ -104,26 +100,15 @@ def _check_all(names: Sequence[str], dataset_dir: Path) -> None:
         raise UserError("\n".join(reasons))
 
 
-def _no_recipe(name: str, dataset_dir: Path) -> str:
-    names = [*RECIPES, *BUILT_IN]
-    lower = {known.lower(): known for known in names}
-    nearest = lower[get_close_matches(name.lower(), lower, n=1, cutoff=0)[0]]
-    return (
-        f"no recipe for data set {name!r}; did you mean {nearest}? Known: {', '.join(names)}. "
-        f"For any other, put {name}.zip or {name}.tar with class folders {{train,val,test}}/CLASS/* into "
-        f"{dataset_dir}, or split class folders of your own with --from_folder DIR --split 0.64 0.16 0.2"
-    )
-
-
 def ensure_builtin(name: str, dataset_dir: Path) -> None:
     """Make `name` if it is a built-in data set that is not in `dataset_dir` yet."""
-    if canonical_name(name) in BUILT_IN and not staging.is_present(find_dataset(dataset_dir, name)):
+    if declared(name).is_built_in and not staging.is_present(find_dataset(dataset_dir, name)):
         prepare(name, dataset_dir)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", required=True, metavar="NAME", help=", ".join([*RECIPES, *BUILT_IN]))
+    parser.add_argument("--datasets", nargs="+", required=True, metavar="NAME", help=", ".join(KNOWN))
     parser.add_argument(
         "--dataset_dir", type=Path, default=Path("datasets"), help="archives and data sets (%(default)s)"
     )

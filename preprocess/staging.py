@@ -6,13 +6,12 @@ module did not make is ever removed.
 """
 
 import errno
+import glob
 import json
 import os
 import platform
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,66 +25,108 @@ MADE = "made from"  # its key beside the splits; older files have none
 
 
 class Maker(NamedTuple):
-    """What makes a data set."""
+    """A maker fills the folder of a data set."""
 
     fill: Callable[[Path], Contents]  # an empty folder -> what must be in it now
     made: str  # what from, in words; it is recorded, and another one is another data set
 
 
-class Record(NamedTuple):
-    """A contents.json."""
+def first_of(items: Sequence[str], most: int, separator: str = "; ") -> str:
+    """Join the first items and the number of the others: "a; b; and 7 more"."""
+    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
-    contents: Contents
-    made: str  # empty where it was not recorded
 
-
-def build(target: Path, write_images: Callable[[Path], Contents], made: str = "") -> None:
-    """Make the data set folder `target`: `write_images` fills an empty folder and says what must be in it.
+def build(target: Path, fill: Callable[[Path], Contents], made: str = "") -> None:
+    """Make the data set folder `target`: `fill` writes into an empty folder and returns what must be in it.
 
     UserError where images are missing then, or the disk is full or not writable; nothing is left behind.
     """
-    with _staged(target) as folder:
-        expected = write_images(folder)
-        missing = shortfall(expected, count_images(folder))
-        if missing:
+    staging = target.with_name(f"{_staging_prefix(target)}{os.getpid()}")
+    try:
+        _remove_leftovers(target)
+        staging.mkdir(parents=True)
+        expected = fill(staging)
+        if missing := shortfall(expected, count_images(staging)):
             raise UserError(f"{target.name} came out incomplete and was not kept: {missing}")
-        (folder / CONTENTS_FILE).write_text(json.dumps(expected | ({MADE: made} if made else {}), indent=1))
+        (staging / CONTENTS_FILE).write_text(json.dumps(expected | ({MADE: made} if made else {}), indent=1))
+        _publish(staging, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"cannot build {target}: the disk is full. Free some space or choose another disk with "
+                "--dataset_dir, then run the same command again; nothing was left behind"
+            ) from error
+        raise UserError(
+            f"cannot build {target}: {error}. Mend that, or choose another folder with --dataset_dir"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging_prefix(target: Path) -> str:
+    # The host is part of the name: a process id says nothing about builds of other hosts on a shared disk.
+    return f".{target.name}.partial-{platform.node()}-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed builds of `target` on this host left; those of running processes stay."""
+    prefix = _staging_prefix(target)
+    for path in target.parent.glob(glob.escape(prefix) + "*"):
+        number = path.name.removeprefix(prefix)
+        if number.isdecimal() and not _is_another_process(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_another_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename; where another process built the same data set meanwhile, its folder stays and ours goes."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def is_present(target: Path) -> bool:
-    """Whether there is a data set at `target`, or anything else that must not be written over."""
+    """Return whether there is a data set at `target`, or anything else that must not be written over."""
     return target.is_file() or target.is_symlink() or (target.is_dir() and any(target.iterdir()))
 
 
 def check_complete(target: Path) -> str:
-    """One line on what `target` holds. UserError where images are missing, with the first of them."""
+    """Return one line on what `target` holds. UserError where images are missing, with the first of them."""
     found, record = count_images(target), _read_record(target)
-    if record and (missing := shortfall(record.contents, found)):
+    if record and (missing := shortfall(record[0], found)):
         raise UserError(
             f"{target} is there but not complete: {missing}. Nothing was changed: "
             "move it away or delete it, then run the same command again"
         )
     if not any(sum(classes.values()) for classes in found.values()):
         raise UserError(f"{target} {_why_no_images(target)}. Nothing was changed")
-    if record is None:
-        return f"{summary(found)}{_misnamed(target)} (not built by this program: not checked further)"
-    return summary(found) + (f" (made from {record.made})" if record.made else "")
-
-
-def _misnamed(target: Path) -> str:
-    """Folders of splits under another name, in words; empty if there are none."""
-    names = sorted(path.name for path in target.iterdir() if path.name not in SPLITS and path.is_dir())
-    return "".join(
-        f"; {name}/ is not read, rename it to {SPLIT_WORDS[name.lower()]}/"
-        for name in names
-        if name.lower() in SPLIT_WORDS
+    held = "; ".join(
+        f"{split} {len(found[split])} classes, {sum(found[split].values())} images"
+        if found.get(split)
+        else f"no {split}"
+        for split in SPLITS
     )
+    if record is None:
+        return f"{held}{_misnamed(target)} (not built by this program: not checked further)"
+    return held + (f" (made from {record[1]})" if record[1] else "")
 
 
 def check_made(target: Path, made: str) -> None:
-    """UserError where the data set at `target` is known to be made from something else."""
+    """Raise UserError where the data set at `target` is known to be made from something else."""
     record = _read_record(target)
-    was = record.made if record else "files that were put there"
+    was = record[1] if record else "files that were put there"
     if was and was != made:
         raise UserError(
             f"{target} is there already, made from {was}; this command asks for {made}. Nothing was changed: "
@@ -93,8 +134,11 @@ def check_made(target: Path, made: str) -> None:
         )
 
 
-def _read_record(target: Path) -> Record | None:
-    """None where there is none, as in a data set that was not built here. UserError for a damaged one."""
+def _read_record(target: Path) -> tuple[Contents, str] | None:
+    """Return the contents.json: what was built, and from what, empty if that is not known. UserError if it is damaged.
+
+    None where there is none, as in a data set that was not built here.
+    """
     file = target / CONTENTS_FILE
     if not file.is_file():
         return None
@@ -108,17 +152,14 @@ def _read_record(target: Path) -> Record | None:
             f"{file} is damaged ({error}), so the images of {target} cannot be checked. Put a copy of it back; or, "
             "to go on unchecked, move that one file away. Nothing was changed"
         ) from error
-    return Record(content, str(made))
+    return content, str(made)
 
 
 def _why_no_images(target: Path) -> str:
-    """What is at `target` in the place of {train,val,test}/CLASS/*."""
+    """Return in words what is at `target` in the place of {train,val,test}/CLASS/*."""
     if not target.is_dir():
-        return (
-            f"is a link to {os.readlink(target)}, which is not there"
-            if target.is_symlink()
-            else "is a file, not a folder"
-        )
+        is_link = target.is_symlink()
+        return f"is a link to {os.readlink(target)}, which is not there" if is_link else "is a file, not a folder"
     folders = [path.name for path in target.iterdir() if path.is_dir() and not path.name.startswith(".")]
     if any(name.lower() not in SPLIT_WORDS for name in folders):
         return (
@@ -128,8 +169,16 @@ def _why_no_images(target: Path) -> str:
     return f"has no images in train/, val/ or test/ (archives belong into {target.parent}){_misnamed(target)}"
 
 
+def _misnamed(target: Path) -> str:
+    """Return in words which splits have folders of another name; empty if none has."""
+    words = {path.name: SPLIT_WORDS.get(path.name.lower()) for path in sorted(target.iterdir()) if path.is_dir()}
+    return "".join(
+        f"; {name}/ is not read, rename it to {split}/" for name, split in words.items() if split and split != name
+    )
+
+
 def count_images(folder: Path) -> Contents:
-    """Files per class of each split that exists, hidden files left out."""
+    """Return the number of files per class of each split that exists, hidden files left out."""
     return {
         split: {entry.name: _count_files(entry.path) for entry in os.scandir(folder / split) if entry.is_dir()}
         for split in SPLITS
@@ -142,82 +191,11 @@ def _count_files(folder: str) -> int:
 
 
 def shortfall(expected: Contents, found: Contents) -> str:
-    """The classes with fewer images than expected, in words, the first three; empty if there are none."""
+    """Return in words the first three classes with fewer images than expected; empty if there are none."""
     short = [
         f"{split}/{class_name} has {found.get(split, {}).get(class_name, 0)} of {images} images"
         for split, classes in expected.items()
         for class_name, images in classes.items()
         if found.get(split, {}).get(class_name, 0) < images
     ]
-    more = f" and {len(short) - 3} more classes" if len(short) > 3 else ""
-    return ", ".join(short[:3]) + more
-
-
-def summary(contents: Contents) -> str:
-    """For example: train 64 classes, 38400 images; val 16 classes, 9600 images; no test."""
-    return "; ".join(
-        f"{split} {len(contents[split])} classes, {sum(contents[split].values())} images"
-        if contents.get(split)
-        else f"no {split}"
-        for split in SPLITS
-    )
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place when the block ends; an error removes it."""
-    staging = target.with_name(f"{_staging_prefix(target)}{os.getpid()}")
-    try:
-        _remove_leftovers(target)
-        staging.mkdir(parents=True)
-        yield staging
-        _publish(staging, target)
-    except OSError as error:
-        raise UserError(_explain(error, target)) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _staging_prefix(target: Path) -> str:
-    # The host is part of the name: a process id says nothing about builds of other hosts on a shared disk.
-    return f".{target.name}.partial-{platform.node()}-"
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed builds of `target` on this host left; those of running processes stay."""
-    pattern = re.compile(re.escape(_staging_prefix(target)) + r"(\d+)")
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = pattern.fullmatch(path.name)
-        if match and not _is_another_process(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_another_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Rename; where another process built the same data set meanwhile, its folder stays and ours goes."""
-    try:
-        staging.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-
-
-def _explain(error: OSError, target: Path) -> str:
-    cannot = f"cannot build {target}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{cannot}: the disk is full. Free some space or choose another disk with --dataset_dir, "
-            "then run the same command again; nothing was left behind"
-        )
-    return f"{cannot}: {error}. Mend that, or choose another folder with --dataset_dir"
+    return first_of(short, 3, ", ")

@@ -14,33 +14,47 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.images import Listing, decode_image, in_processes, open_image
+from utils.images import Listing, in_processes, open_image, plain_image
 
 THUMBNAIL = 16  # pixels to a side
 ALIKE = 0.99  # correlation of two thumbnails; in CIFAR-FS every pair above it shows one photo, stored differently
 PIECE = 64  # files that a process measures at a time
 BLOCK = 4096  # thumbnails compared with as many others at a time
-SIDEWAYS = (5, 6, 7, 8)  # values of the EXIF orientation that swap width and height
+
+
+# What is kept of a picture: width and height of the upright picture; a number that is equal for equal upright pixels of
+# equal size; 16x16 grey pixels.
+MEASURED = np.dtype([("size", np.int32, 2), ("digest", np.uint64), ("thumbnail", np.uint8, THUMBNAIL**2)])
 
 
 class Pictures(NamedTuple):
-    """The readable pictures of a split or of a part of one."""
+    """These are the readable pictures of a split or of a part of one."""
 
     files: list[str]  # CLASS/FILE
     kinds: Counter[str]  # how the files are stored, such as "JPEG RGB"
-    sizes: np.ndarray  # (N, 2) width and height of the upright picture
-    digests: np.ndarray  # (N,) uint64: equal for equal upright pixels of equal size
-    thumbnails: np.ndarray  # (N, 256) uint8, 16x16 grey
+    measured: np.ndarray  # (N,) of MEASURED
     counts: np.ndarray  # (3, 256) how often each channel has each value, at the pictures' own sizes
     bad: list[tuple[str, str]]  # (file, reason) of the unreadable ones
 
     @property
+    def sizes(self) -> np.ndarray:
+        return self.measured["size"]
+
+    @property
+    def digests(self) -> np.ndarray:
+        return self.measured["digest"]
+
+    @property
+    def thumbnails(self) -> np.ndarray:
+        return self.measured["thumbnail"]
+
+    @property
     def mean(self) -> np.ndarray:
-        """(3,) in [0, 1], over all pixels."""
+        """Return (3,) in [0, 1], over all pixels."""
         return self.counts @ (np.arange(256) / 255) / self.counts.sum(axis=1)
 
     @property
@@ -54,76 +68,54 @@ class Pictures(NamedTuple):
 
 def survey(listing: Listing, workers: int | None = None) -> Pictures:
     """Measure every picture of the listing. UserError where not one can be read."""
-    measured = []
+    files, kinds, measured, bad = list[str](), Counter[str](), list[np.ndarray](), list[tuple[str, str]]()
+    counts = np.zeros((3, 256), np.int64)
     with tqdm(total=len(listing.files), desc=f"Reading {listing.root}", unit=" images", disable=None) as bar:
         for piece in in_processes(partial(measure_files, listing.root), listing, PIECE, workers):
-            measured.append(piece)
+            files += piece.files
+            kinds += piece.kinds
+            measured.append(piece.measured)
+            counts += piece.counts
+            bad += piece.bad
             bar.update(len(piece.files) + len(piece.bad))
-    pictures = _join(measured)
-    if not pictures.files:
-        raise UserError(f"None of the {len(pictures.bad)} images in {listing.root} can be read: {pictures.bad[0][1]}")
-    return pictures
+    if not files:
+        raise UserError(f"None of the {len(bad)} images in {listing.root} can be read: {bad[0][1]}")
+    return Pictures(files, kinds, np.concatenate(measured), counts, bad)
 
 
 def measure_files(root: Path, files: list[str]) -> Pictures:
-    bad: list[tuple[str, str]] = []
-    measured = []
+    good, kinds, bad = list[str](), Counter[str](), list[tuple[str, str]]()
+    measured, counts = np.empty(len(files), MEASURED), np.zeros((3, 256), np.int64)
     for file in files:
         try:
-            measured.append(_measure(root, file))
+            kind, pixels = _read(root / file)
         except MemoryError:  # says nothing about the file
             raise
         except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
             bad.append((file, f"{type(error).__name__}: {error}"))
-    return _join([*measured, Pictures([], Counter(), *_no_arrays(), bad)])
+            continue
+        height, width, _ = pixels.shape
+        digest = hashlib.blake2b(pixels.data, digest_size=8, salt=f"{width}x{height}".encode()).digest()
+        grey = Image.fromarray(pixels).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        measured[len(good)] = (width, height), int.from_bytes(digest, "little"), np.asarray(grey).ravel()
+        counts += [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
+        kinds[kind] += 1
+        good.append(file)
+    return Pictures(good, kinds, measured[: len(good)], counts, bad)
 
 
-def _no_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        np.empty((0, 2), np.int32),
-        np.empty(0, np.uint64),
-        np.empty((0, THUMBNAIL**2), np.uint8),
-        np.zeros((3, 256), np.int64),
-    )
-
-
-def _measure(root: Path, file: str) -> Pictures:
-    with open_image(root / file) as image:
-        width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
-            width, height = height, width
+def _read(path: Path) -> tuple[str, np.ndarray]:
+    """Return how the file is stored and the (H, W, 3) uint8 pixels of the upright picture."""
+    with open_image(path) as image:
         kind = f"{image.format} {image.mode}"
-    pixels = decode_image(root / file, (3, height, width))
-    digest = hashlib.blake2b(pixels.data, digest_size=8, salt=f"{width}x{height}".encode()).digest()
-    grey = Image.fromarray(pixels).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    return Pictures(
-        files=[file],
-        kinds=Counter([kind]),
-        sizes=np.array([[width, height]], np.int32),
-        digests=np.frombuffer(digest, np.uint64),
-        thumbnails=np.asarray(grey).reshape(1, -1),
-        counts=np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]),
-        bad=[],
-    )
-
-
-def _join(parts: list[Pictures]) -> Pictures:
-    return Pictures(
-        files=[file for part in parts for file in part.files],
-        kinds=sum((part.kinds for part in parts), Counter()),
-        sizes=np.concatenate([part.sizes for part in parts]),
-        digests=np.concatenate([part.digests for part in parts]),
-        thumbnails=np.concatenate([part.thumbnails for part in parts]),
-        counts=np.sum([part.counts for part in parts], axis=0),
-        bad=[bad for part in parts for bad in part.bad],
-    )
+        return kind, np.ascontiguousarray(plain_image(image))
 
 
 # --- what is there twice -----------------------------------------------------------------------------------
 
 
 def identical(splits: Mapping[str, Pictures]) -> list[list[str]]:
-    """Groups of two or more pictures with the same pixels, as SPLIT/CLASS/FILE, in the order of their first members."""
+    """Return groups of pictures with the same pixels, as SPLIT/CLASS/FILE, in the order of their first members."""
     paths = [f"{split}/{file}" for split, pictures in splits.items() for file in pictures.files]
     digests = np.concatenate([pictures.digests for pictures in splits.values()])
     _, group_of, sizes = np.unique(digests, return_inverse=True, return_counts=True)
@@ -133,27 +125,18 @@ def identical(splits: Mapping[str, Pictures]) -> list[list[str]]:
     return list(groups.values())
 
 
-class Pairs(NamedTuple):
-    """Numbers of pairs of identical pictures by what the two share."""
-
-    one_class: int
-    one_split: int  # of two classes
-    across_splits: int
-
-
-def count_pairs(groups: Iterable[Sequence[str]]) -> Pairs:
-    one_class = one_split = across = 0
+def count_pairs(groups: Iterable[Sequence[str]]) -> tuple[int, int, int]:
+    """Return how many pairs in the groups are in one class, in two classes of a split, and in two splits."""
+    everywhere = in_splits = in_classes = 0
     for group in groups:
-        of_class = _pairs(path.rpartition("/")[0] for path in group)
-        of_split = _pairs(path.partition("/")[0] for path in group)
-        one_class += of_class
-        one_split += of_split - of_class
-        across += math.comb(len(group), 2) - of_split
-    return Pairs(one_class, one_split, across)
+        everywhere += math.comb(len(group), 2)
+        in_splits += _pairs(path.partition("/")[0] for path in group)
+        in_classes += _pairs(path.rpartition("/")[0] for path in group)
+    return in_classes, in_splits - in_classes, everywhere - in_splits
 
 
 def _pairs(labels: Iterable[str]) -> int:
-    """Pairs with the same label."""
+    """Return the number of pairs with the same label."""
     return sum(math.comb(count, 2) for count in Counter(labels).values())
 
 
@@ -164,7 +147,7 @@ class NearPair(NamedTuple):
 
 
 def near_duplicates(splits: Mapping[str, Pictures], shown: int) -> tuple[int, list[NearPair]]:
-    """Pairs from two splits that are nearly but not quite identical: their number, and the `shown` most alike.
+    """Return the number of pairs from two splits that are nearly but not quite identical, and the `shown` most alike.
 
     Nearly: the 16x16 grey thumbnails correlate at 0.99 or more. Of copies of CIFAR images that were resized to 24 or
     84 pixels or stored as JPEG of quality 50, 99.8 % or more do, of those brightened by a fifth 89 %; one cropped by a
@@ -185,7 +168,7 @@ def near_duplicates(splits: Mapping[str, Pictures], shown: int) -> tuple[int, li
 
 
 def _alike(one: Pictures, other: Pictures, bar: "tqdm[Any]") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Indices into `one`, indices into `other` and correlations, block by block: memory does not grow with them."""
+    """Yield indices into `one`, into `other` and correlations, block by block: memory does not grow with them."""
     for top in range(0, len(one.files), BLOCK):
         rows = slice(top, top + BLOCK)
         left = standardised(one.thumbnails[rows])
@@ -200,6 +183,6 @@ def _alike(one: Pictures, other: Pictures, bar: "tqdm[Any]") -> Iterator[tuple[n
 
 
 def standardised(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 256) float32 with mean 0 and length 1, so that a scalar product is a correlation; 0 for a single colour."""
+    """Return (N, 256) float32 of mean 0 and length 1: a scalar product is a correlation. 0 for a single colour."""
     centred = thumbnails - thumbnails.mean(axis=1, keepdims=True, dtype=np.float32)
     return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from preprocess.staging import Contents
+from preprocess.staging import Contents, first_of
 from utils.errors import UserError
 from utils.images import IMAGE_FORMATS, in_order, open_image, plain_image
 from utils.names import is_plain
@@ -27,7 +27,7 @@ ARCHIVE_CURE = (
 
 
 class Picture(NamedTuple):
-    """An image and its place in the data set."""
+    """A picture is an image and its place in the data set."""
 
     split: str
     class_name: str
@@ -36,15 +36,10 @@ class Picture(NamedTuple):
     content: bytes | np.ndarray | Path
 
 
-class Done(NamedTuple):
-    unreadable: list[str]  # place and reason of each
-    images: int
-
-
 def write_images(
     folder: Path, pictures: Iterable[Picture], name: str, total: int | None = None, cure: str = ARCHIVE_CURE
 ) -> Contents:
-    """Write each picture to `folder`/SPLIT/CLASS/FILE; returns how many each class has.
+    """Write each picture to `folder`/SPLIT/CLASS/FILE, and return how many each class has.
 
     UserError, which names them, for images that do not decode, for two of one name in a class, and for a class or
     file name that is no plain name. `total` is for the progress bar; `cure` says what to do about unreadable images.
@@ -58,52 +53,41 @@ def write_images(
             bad += unreadable
             bar.update(done)
     if bad:
-        raise UserError(
-            f"{name}: {len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read: {'; '.join(bad[:NAMED])}"
-            f"{f'; and {len(bad) - NAMED} more' if len(bad) > NAMED else ''}. {cure}"
-        )
+        images = "images" if len(bad) > 1 else "image"
+        raise UserError(f"{name}: {len(bad)} {images} cannot be read: {first_of(bad, NAMED)}. {cure}")
     return contents
 
 
 def _counted(folder: Path, pictures: Iterable[Picture], contents: Contents) -> Iterator[Picture]:
-    """The pictures; their classes are counted, and get a folder, on the way."""
+    """Yield the pictures; their classes are counted, and get a folder, on the way."""
     for picture in pictures:
         classes = contents.setdefault(picture.split, {})
-        if picture.class_name not in classes:
-            _refuse_path(picture.class_name)
+        is_new = picture.class_name not in classes
+        for name in (picture.class_name, picture.file) if is_new else (picture.file,):
+            if not is_plain(name):
+                raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
+        if is_new:
             (folder / picture.split / picture.class_name).mkdir(parents=True, exist_ok=True)
-        _refuse_path(picture.file)
         classes[picture.class_name] = classes.get(picture.class_name, 0) + 1
         yield picture
 
 
-def _refuse_path(name: str) -> None:
-    if not is_plain(name):
-        raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
-
-
-def _pieces(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+def _pieces(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
     piece: list[Picture] = []
+    size = 0
     for picture in pictures:
         piece.append(picture)
-        if len(piece) == PIECE or sum(map(_size, piece)) > PIECE_BYTES:
+        if not isinstance(picture.content, Path):  # of which nothing is in memory
+            size += len(picture.content) if isinstance(picture.content, bytes) else picture.content.nbytes
+        if len(piece) == PIECE or size > PIECE_BYTES:
             yield piece
-            piece = []
+            piece, size = [], 0
     if piece:
         yield piece
 
 
-def _size(picture: Picture) -> int:
-    """Of what is in memory, in bytes."""
-    match picture.content:
-        case bytes() as content:
-            return len(content)
-        case np.ndarray() as content:
-            return content.nbytes
-    return 0
-
-
-def _write(folder: Path, pictures: list[Picture]) -> Done:
+def _write(folder: Path, pictures: list[Picture]) -> tuple[list[str], int]:
+    """Return place and reason of each unreadable image, and the number of all."""
     bad = []
     for split, class_name, file, content in pictures:
         if isinstance(content, bytes) and (reason := why_unreadable(content)):
@@ -112,7 +96,7 @@ def _write(folder: Path, pictures: list[Picture]) -> Done:
             _write_new(folder / split / class_name / file, content)
         except FileExistsError as error:
             raise UserError(f"class {class_name!r} has two images named {file}") from error
-    return Done(bad, len(pictures))
+    return bad, len(pictures)
 
 
 def _write_new(path: Path, content: bytes | np.ndarray | Path) -> None:
@@ -120,17 +104,14 @@ def _write_new(path: Path, content: bytes | np.ndarray | Path) -> None:
         path.symlink_to(content)
         return
     with path.open("xb") as out:
-        out.write(content if isinstance(content, bytes) else _png(content))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    out = BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
-    return out.getvalue()
+        if isinstance(content, bytes):
+            out.write(content)
+        else:
+            Image.fromarray(content).save(out, "PNG", compress_level=1)
 
 
 def why_unreadable(content: bytes) -> str:
-    """Empty if the image decodes to its end, to what the cache takes.
+    """Return an empty text if the image decodes to its end, to what the cache takes, else the reason.
 
     JPEGs are decoded at an eighth of their size, which reads them all.
     """

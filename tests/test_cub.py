@@ -24,6 +24,7 @@ def jpeg(colour: str = "green") -> bytes:
 
 
 JPEG = jpeg()
+UNPACK = cub.DATA_SETS[0].sources[0].unpack
 SMALL = {  # three classes of the published archive
     "001.Black_footed_Albatross": ["Black_Footed_Albatross_0001_796111.jpg", "Black_Footed_Albatross_0002_55.jpg"],
     "002.Laysan_Albatross": ["Laysan_Albatross_0001_545.jpg"],
@@ -61,7 +62,7 @@ def test_the_split_is_cxgrads_by_class_number(shared: Path) -> None:
 def test_photos_come_to_the_split_of_their_class_unchanged(tmp_path: Path, prefix: str, list_first: bool) -> None:
     write_archive(tmp_path, SMALL, prefix=prefix, list_first=list_first)
     (tmp_path / "CUB").mkdir()
-    contents = cub.unpack(tmp_path, tmp_path / "CUB")
+    contents = UNPACK(tmp_path, tmp_path / "CUB")
     assert contents == {
         "train": {"001.Black_footed_Albatross": 2},
         "val": {"002.Laysan_Albatross": 1},
@@ -100,7 +101,7 @@ def test_missing_photos_are_counted_and_named(tmp_path: Path) -> None:
         prepare("CUB", tmp_path)
     everything = SMALL | {"004.Groove_billed_Ani": [f"{i}.jpg" for i in range(11_785)]}
     write_archive(tmp_path, everything, without=[f"004.Groove_billed_Ani/{i}.jpg" for i in range(11_785)])
-    with pytest.raises(UserError, match=r"lacks 11,785 of the 11,788 .*_Ani/2\.jpg' and 11,782 more\. Fetch"):
+    with pytest.raises(UserError, match=r"lacks 11,785 of the 11,788 .*_Ani/2\.jpg'; and 11,782 more\. Fetch"):
         prepare("CUB", tmp_path)
 
 
@@ -116,7 +117,7 @@ def test_a_class_outside_the_200_is_an_error_and_hidden_files_are_no_photos(tmp_
     with pytest.raises(UserError, match=r"class '201\.Dodo', which is none of CUB's 200"):
         prepare("CUB", tmp_path)
     pack(tmp_path / cub.ARCHIVE, {"CUB_200_2011/images/001.Black_footed_Albatross/._1.jpg": b"of macOS"})
-    assert cub.unpack(tmp_path, tmp_path / "CUB") == {}
+    assert UNPACK(tmp_path, tmp_path / "CUB") == {}
 
 
 def sizes(total: int) -> Contents:
@@ -128,7 +129,7 @@ def sizes(total: int) -> Contents:
 
 
 def test_all_photos_are_counted_in_every_form_of_cub(tmp_path: Path) -> None:
-    published = cub.RECIPE.published
+    published = cub.PUBLISHED
     check("CUB", sizes(11_788), published)
     for total, difference in ((11_787, "1 fewer"), (11_789, "1 more"), (200, "11588 fewer")):
         with pytest.raises(UserError, match=f"{total} images, {difference} than 11788"):
@@ -157,8 +158,8 @@ def test_an_unreadable_photo_is_named_and_an_archive_cut_short_is_damaged(
     archive = tmp_path / cub.ARCHIVE
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"CUB_200_2011\.tgz is damaged"):
-        cub.unpack(tmp_path, tmp_path / "CUB")
+        UNPACK(tmp_path, tmp_path / "CUB")
     monkeypatch.setattr(f"{__name__}.JPEG", JPEG[:300])
     write_archive(tmp_path, SMALL)
     with pytest.raises(UserError, match=r"4 images cannot be read.*001\.Black_footed_Albatross/Black_Footed"):
-        cub.unpack(tmp_path, tmp_path / "other")
+        UNPACK(tmp_path, tmp_path / "other")

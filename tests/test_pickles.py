@@ -239,6 +239,14 @@ def test_one_text_made_into_bytes_many_times_is_refused(data: bytes) -> None:
     tracemalloc.stop()
 
 
+def test_large_data_in_the_place_of_arguments_take_no_memory() -> None:
+    data = b"\x80\x03c_codecs\nencode\nB" + struct.pack("<I", 2**23) + bytes(2**23) + b"R."
+    tracemalloc.start()
+    refused(data, "damaged or not a pickle .*tuple")
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # as many numbers would take 64 MiB
+    tracemalloc.stop()
+
+
 def test_bytes_that_are_asked_for_many_times_are_the_same_bytes() -> None:
     held = loads(DATA + b"](" + b"c__builtin__\nbytes\nh\x00\x85R" * 10 + b"e.", "x")
     assert len(held) == 10 and all(len(item) == 39996 for item in held)

@@ -1,5 +1,6 @@
 """From archive or fonts to a data set folder: whole or not at all, the same on every run, errors that help."""
 
+import importlib
 import json
 import os
 import signal
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image, ImageFilter, ImageFont
 
 from preprocess import digits, glyphs, omniglot, staging
-from preprocess.preprocess import ensure_builtin, main, prepare
+from preprocess.contact_sheet import contact_sheet
+from preprocess.preprocess import declared, ensure_builtin, main, prepare
 from tests.made_archives import pack, png
 from utils.errors import UserError
-from utils.names import canonical_name, find_dataset
+from utils.images import list_classes
+from utils.names import KNOWN, canonical_name, find_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -428,6 +431,18 @@ def test_an_unknown_name_names_the_nearest_and_nothing_is_built(
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_each_known_data_set_is_declared_under_its_name(name: str) -> None:
+    data_set = declared(name)
+    assert (
+        data_set.name == name
+        and data_set.sources
+        and data_set.is_built_in == (name in ("glyphs", "glyphs_colour", "digits"))
+    )
+    for module in {known.module for known in KNOWN.values()}:
+        assert all(other.name in KNOWN for other in importlib.import_module(f"preprocess.{module}").DATA_SETS)
+
+
 def test_mamlpps_names_of_data_sets_find_ours_but_a_folder_of_that_name_comes_first(tmp_path: Path) -> None:
     assert canonical_name("omniglot_dataset") == "omniglot"
     assert canonical_name("mini_imagenet_full_size") == "mini_imagenet"
@@ -452,7 +467,7 @@ def test_ensure_builtin_makes_what_is_missing_and_nothing_else(tmp_path: Path) -
 
 
 def test_digits_are_dark_on_light_rgb_pictures_of_a_test_split(tmp_path: Path) -> None:
-    contents = digits.write_digits(tmp_path)
+    contents = digits.DATA_SETS[0].sources[0].unpack(tmp_path, tmp_path)
     assert contents == staging.count_images(tmp_path)
     assert list(contents["test"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     zero = Image.open(tmp_path / "test" / "0" / "000.png")
@@ -520,10 +535,13 @@ def test_every_glyph_is_dark_on_light_and_inside_the_picture(
 def test_the_contact_sheet_shows_every_split(faces: dict[str, list[ImageFont.FreeTypeFont]], tmp_path: Path) -> None:
     for split, character in zip(staging.SPLITS, FEW, strict=True):
         glyphs.draw_class(glyphs.PLAIN, character, faces[character], tmp_path / split / glyphs.class_name(character))
-    sheet = np.asarray(glyphs.contact_sheet(tmp_path, rows=1, columns=3))
+    sheet = np.asarray(
+        contact_sheet(tmp_path, {split: list_classes(tmp_path / split).files for split in staging.SPLITS})
+    )
     for row, split in enumerate(staging.SPLITS):
-        first = Image.open(next((tmp_path / split).iterdir()) / "00.png")
-        assert (sheet[row * 46 : row * 46 + 32, :32] == np.asarray(first)).all()
+        first = np.asarray(Image.open(next((tmp_path / split).iterdir()) / "00.png"))
+        top, left = 26 + 102 * row + 4, 118 + 4  # a heading and a row of 72x72 cells for each split
+        assert (sheet[top : top + 64, left : left + 64] == first.repeat(2, axis=0).repeat(2, axis=1)).all()
 
 
 def normalised(mask: Image.Image) -> np.ndarray:

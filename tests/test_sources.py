@@ -20,7 +20,7 @@ from PIL import Image
 
 from preprocess import array_files, cifar100, imagenet, omniglot, staging
 from preprocess.preprocess import main, prepare
-from preprocess.sources import Published, Recipe, Source, check, choose, note, note_checksums, read_split
+from preprocess.sources import DataSet, Published, Source, check, choose, note, note_checksums, read_split
 from preprocess.staging import SPLITS, Contents
 from tests.made_archives import encoded, left_in, mapped, pack, pixels, png
 from utils.errors import UserError
@@ -322,14 +322,15 @@ def test_a_missing_archive_says_every_form_where_to_get_it_and_where_to_put_it(
 
 
 def test_an_incomplete_form_is_named_and_the_next_one_is_taken(tmp_path: Path) -> None:
-    recipe = Recipe(tuple(Source(needs, "it", lambda archives, folder: {}) for needs in (("a", "b"), ("c",), ("d",))))
+    forms = tuple(Source(needs, "it", lambda archives, folder: {}) for needs in (("a", "b"), ("c",), ("d",)))
+    data_set = DataSet("x", forms)
     (tmp_path / "b").touch()
     with pytest.raises(UserError, match=rf"a and b \({tmp_path}/a is missing\)"):
-        choose("x", recipe, (), tmp_path)
+        choose(data_set, (), tmp_path)
     (tmp_path / "d").touch()
-    assert choose("x", recipe, (), tmp_path).needs == ("d",)
+    assert choose(data_set, (), tmp_path).needs == ("d",)
     (tmp_path / "c").touch()
-    assert choose("x", recipe, (), tmp_path).needs == ("c",)
+    assert choose(data_set, (), tmp_path).needs == ("c",)
 
 
 def test_archives_are_looked_for_before_the_first_data_set_is_made(tmp_path: Path) -> None:
@@ -541,11 +542,12 @@ def test_a_zip_that_lost_a_class_or_an_image_is_refused_with_the_difference(tmp_
     files = {f"cifar100/data/{name}/{i}.png": same for name in names for i in range(7)}
     del files["cifar100/data/train/3.png"]
     pack(tmp_path / "cifar100.zip", files)
-    for name, recipe in (("CIFAR_FS", cifar100.CIFAR_FS), ("FC100", cifar100.FC100)):
-        assert recipe.published
-        contents = recipe.sources[0].unpack(tmp_path, tmp_path / f"as {name}")
+    for data_set in cifar100.DATA_SETS:
+        name = data_set.name
+        assert data_set.published
+        contents = data_set.sources[0].unpack(tmp_path, tmp_path / f"as {name}")
         with pytest.raises(UserError, match=r"published: train/train has 6 images, 1 fewer than 7\. "):
-            check(name, contents, recipe.published._replace(images=7))
+            check(name, contents, data_set.published._replace(images=7))
     with pytest.raises(UserError, match=r"has 7 images, 593 fewer than 600; .*; and 95 more"):
         prepare("CIFAR_FS", tmp_path)
     pack(tmp_path / "cifar100.zip", {name: content for name, content in files.items() if "/apple/" not in name})
@@ -562,17 +564,18 @@ def test_a_repacked_omniglot_is_understood_and_no_drawing_is_large(
 ) -> None:
     monkeypatch.setattr(omniglot, "ARCHIVES", {"images_background": 2, "images_evaluation": 1})
     monkeypatch.setattr(omniglot, "SPLIT_SIZES", {"train": 1, "val": 1, "test": 1})
+    unpack = omniglot.DATA_SETS[0].sources[0].unpack
     drawing = encoded(np.zeros((105, 105), np.uint8))
     for archive, characters in omniglot.ARCHIVES.items():
         names = [
             f"./python/{archive}/{archive}/character0{k}/{i:04d}.png" for k in range(characters) for i in range(20)
         ]
         pack(tmp_path / f"{archive}.zip", dict.fromkeys(names, drawing))
-    assert counts_of(omniglot.unpack(tmp_path, tmp_path / "made")) == {"train": 20, "val": 20, "test": 20}
+    assert counts_of(unpack(tmp_path, tmp_path / "made")) == {"train": 20, "val": 20, "test": 20}
     assert len(images_in(tmp_path / "made")) == 60
     monkeypatch.setattr(omniglot, "MAX_BYTES", len(drawing) - 1)
     with pytest.raises(UserError, match="more than it can need"):
-        omniglot.unpack(tmp_path, tmp_path / "again")
+        unpack(tmp_path, tmp_path / "again")
 
 
 def counts_of(contents: Contents) -> dict[str, int]:

@@ -2,33 +2,46 @@
 
 import unicodedata
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 from utils.errors import UserError
 
-KNOWN = (
-    "mini_imagenet", "tiered_imagenet", "CIFAR_FS", "FC100", "CUB",
-    "omniglot", "glyphs", "glyphs_colour", "digits",
-)  # fmt: skip
+
+class Known(NamedTuple):
+    """A data set that the program can make."""
+
+    module: str  # of preprocess/, which declares what it is made from
+    aliases: tuple[str, ...] = ()  # such as MAML++'s configurations have
+
+
+KNOWN = {
+    "mini_imagenet": Known("imagenet", ("mini_imagenet_full_size",)),
+    "tiered_imagenet": Known("imagenet"),
+    "CIFAR_FS": Known("cifar100"),
+    "FC100": Known("cifar100"),
+    "CUB": Known("cub"),
+    "omniglot": Known("omniglot", ("omniglot_dataset",)),
+    "glyphs": Known("glyphs"),
+    "glyphs_colour": Known("glyphs", ("glyphs_color",)),
+    "digits": Known("digits"),
+}
 
 
 def _fold(name: str) -> str:
-    """The name without case, '-', '_' and ' '; the American spelling of colour counts as ours."""
-    folded = name.lower().translate(str.maketrans("", "", "-_ "))
-    return "glyphscolour" if folded == "glyphscolor" else folded
+    """Return the name in lower case without '-', '_' and ' '."""
+    return name.lower().translate(str.maketrans("", "", "-_ "))
 
 
-_CANONICAL = {_fold(name): name for name in KNOWN} | {
-    "omniglotdataset": "omniglot", "miniimagenetfullsize": "mini_imagenet",  # as MAML++'s configurations have them
-}  # fmt: skip
+_CANONICAL = {_fold(alias): name for name, known in KNOWN.items() for alias in (name, *known.aliases)}
 
 
 def canonical_name(name: str) -> str:
-    """The one spelling used for folders and results; a name that is not known comes back unchanged."""
+    """Return the one spelling used for folders and results; a name that is not known comes back unchanged."""
     return _CANONICAL.get(_fold(name), name)
 
 
 def same_dataset(one: str, other: str) -> bool:
-    """Whether two names are spellings of one data set."""
+    """Return whether two names are spellings of one data set."""
     return _fold(canonical_name(one)) == _fold(canonical_name(other))
 
 
@@ -38,7 +51,7 @@ def turns_classes(name: str) -> bool:
 
 
 def find_dataset(dataset_dir: Path, name: str) -> Path:
-    """The folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
+    """Return the folder of data set `name`, however it is spelt; where there is none, the path at which it belongs.
 
     A folder spelt exactly like `name` wins. UserError where only other spellings exist, and several of them.
     """
@@ -54,7 +67,7 @@ def find_dataset(dataset_dir: Path, name: str) -> Path:
 
 
 def missing_dataset(dataset_dir: Path, name: str) -> UserError:
-    """Says what to put where, and what there is."""
+    """Return the error that says what to put where, and which data sets are there."""
     folder = find_dataset(dataset_dir, name)
     there = sorted(path.name for path in dataset_dir.glob("[!.]*/")) if dataset_dir.is_dir() else []
     return UserError(
@@ -66,12 +79,12 @@ def missing_dataset(dataset_dir: Path, name: str) -> UserError:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a folder or file may be called so: no way out, not hidden, nothing that a terminal would obey."""
+    """Return whether a folder or file may be called so: no way out, not hidden, nothing that a terminal obeys."""
     controls = any(unicodedata.category(character) == "Cc" for character in name)
     return bool(name) and not name.startswith(".") and not controls and not set(name) & set("/\\")
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path from elsewhere is absolute or has '..', on any system."""
+    """Return whether a path from elsewhere is absolute or has '..', on any system."""
     parsed = PureWindowsPath(path)  # it knows drives and backslashes too
     return bool(parsed.drive or parsed.root or ".." in parsed.parts)
