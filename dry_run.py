@@ -1,6 +1,7 @@
 """A rehearsal: everything that a command would do, in seconds, on made-up images."""
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 
 from utils import distributed
 from utils.options import Options, all_fields, declaration, unmet
-from utils.progress import tell
 from utils.synthetic import write_dataset
+
+log = logging.getLogger(__name__)
 
 ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
 
@@ -27,7 +29,7 @@ def dry_run(run: Callable[[Options, torch.device], None], options: Options, devi
         run(tiny, device)
         run(dataclasses.replace(tiny, evaluate_on_test_set_only=True, test_datasets=ELSEWHERE), device)
         distributed.barrier()
-    tell("dry run: trained, resumed, tested and cross-tested")
+    log.info("dry run: trained, resumed, tested and cross-tested")
 
 
 def write_images(options: Options, names: Iterable[str]) -> None:
