@@ -9,7 +9,6 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from utils.options import Options, add_choice, add_options, declaration, opt, tu
 
 
 @add_options
-@dataclass
 class HeadOptions:
     svm_solver: str = tuned(
         "structured",

@@ -8,7 +8,6 @@ a file of the user's, and `register` makes it known to the command line, the lea
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -120,7 +119,6 @@ def check_together(options: Options) -> Iterator[str]:
 
 
 @add_options
-@dataclass
 class CxGradOptions:
     contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context", only=GRADIENT)
     num_context_params: int = opt(100, "CxGrad: length of the context vector", at_least=1, only=GRADIENT, dry_run=4)
@@ -199,7 +197,6 @@ def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> 
 
 
 @add_options
-@dataclass
 class L2FOptions:
     attenuate: bool = opt(False, "L2F: attenuate the initial weights by the task's first gradients", only=GRADIENT)
 
@@ -252,7 +249,6 @@ class GradientDescent(Rule):
 
 
 @add_options
-@dataclass
 class LSLROptions:
     learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
         False, "LSLR (MAML++): learn one inner rate per tensor and step", only=GRADIENT
@@ -279,7 +275,6 @@ class LSLR(Rule):
 
 
 @add_options
-@dataclass
 class MetaSGDOptions:
     meta_sgd: bool = opt(False, "Meta-SGD: learn one inner rate per weight", only=GRADIENT)
 
@@ -299,7 +294,6 @@ class MetaSGD(Rule):
 
 
 @add_options
-@dataclass
 class ALFAOptions:
     alfa: bool = opt(
         False, "ALFA: generate inner rates and decays from the task's weights and gradients", only=GRADIENT
@@ -386,7 +380,6 @@ def key(name: str) -> str:
 
 
 @add_options
-@dataclass
 class PartOptions:
     inner_loop_part: str = opt(
         "all",

@@ -35,7 +35,7 @@ from utils.progress import set_up_logging
 
 log = logging.getLogger(__name__)
 
-Asked = dict[str, Any]  # the options that the command line names, and their values
+Changes = dict[str, Any]  # the options that the command line names, and their values
 # Flags, MetaOptNet's among them, and the options that they set.
 FLAGS = {
     **{"dataset": "test_datasets", "test_datasets": "test_datasets", "episode": "num_evaluation_tasks"},
@@ -51,7 +51,7 @@ DEFAULTS = {
 }
 
 
-def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Asked]:
+def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Changes]:
     """Return the checkpoint files and the options that a command line names; raises UserError for what is not right."""
     parser = parser_of(FLAGS, dict.fromkeys(FLAGS.values(), "as trained") | DEFAULTS, __doc__)
     parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
@@ -60,9 +60,9 @@ def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Asked]:
     return files, converted(values)
 
 
-def trained_options(state: Mapping[str, Any], file: Path, asked: Asked) -> Options:
-    """Return the options of training: those in the checkpoint, or what its weights tell together with --config."""
-    config_file = asked.get("name_of_args_json_file")
+def trained_options(state: Mapping[str, Any], file: Path, changes: Changes) -> Options:
+    """Return the options of training: those in the checkpoint, or what its weights show together with --config."""
+    config_file = changes.get("name_of_args_json_file")
     if "options" in state:
         if config_file:
             raise UserError(
@@ -71,12 +71,13 @@ def trained_options(state: Mapping[str, Any], file: Path, asked: Asked) -> Optio
         return Options.from_mapping(state["options"], str(file))
     config = read_json(Path(config_file)) if config_file else {}
     if "embedding" in state:
-        return metaoptnet_options(state, file, config, asked)
+        return metaoptnet_options(state, file, config, changes)
     found = infer_options(state["network"])
     if not config:
         log.warning(
-            "this checkpoint does not say how it was trained; assumed are the published recipe's shot, rate and steps, "
-            "images of %d pixels scaled to [0, 1]. Name its JSON file with --config",
+            "%s does not say how it was trained; assumed are the published recipe's shot, rate and steps, images of %d "
+            "pixels scaled to [0, 1]. Name its JSON file with --config",
+            file,
             found["image_height"],
         )
     sides = {name: config[name] for name in ("image_height", "image_width") if name in config}
@@ -84,22 +85,22 @@ def trained_options(state: Mapping[str, Any], file: Path, asked: Asked) -> Optio
     return Options.from_mapping({"dataset_name": "unknown"} | config | found | sides, str(file))
 
 
-def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, Any], asked: Asked) -> Options:
+def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, Any], changes: Changes) -> Options:
     """Return those of an official MetaOptNet checkpoint, which holds weights only: the rest is its published recipe's.
 
     What it was trained on is --dataset, unless --config says otherwise.
     """
-    if "head" not in asked:
+    if "head" not in changes:
         raise UserError(f"{file} does not say which head it was trained with; name it: --head SVM, for example")
-    dataset = config.get("dataset_name", asked.get("test_datasets"))
+    dataset = config.get("dataset_name", changes.get("test_datasets"))
     if not dataset or "," in dataset:
         raise UserError(
             f"{file} does not say what it was trained on; name that data set with --dataset, or as "
             "dataset_name in a JSON file with --config"
         )
     if "dataset_name" not in config:
-        log.warning("this checkpoint does not say what it was trained on; assumed is %s, its size and colours", dataset)
-    assumed = {"learner": "head", "dataset_name": dataset, "head": asked["head"]}
+        log.warning("%s does not say what it was trained on; assumed is %s, its size and colours", file, dataset)
+    assumed = {"learner": "head", "dataset_name": dataset, "head": changes["head"]}
     return Options.from_mapping(assumed | config | infer_embedding(state["embedding"]), str(file))
 
 
@@ -123,27 +124,27 @@ def check_alike(states: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> N
             raise UserError(f"{file} was trained with other options than {files[0]} ({named}); test them one by one")
 
 
-def test_options(trained: Options, asked: Asked) -> Options:
-    """Return the options of training, changed by what the test asks for; UserError where the model cannot do that."""
-    if asked.get("batch_norm") in ("per_step", "running") and not trained.tracks_statistics:
+def test_options(trained: Options, changes: Changes) -> Options:
+    """Return the options of training, with a test's changes; UserError where the model cannot do that."""
+    if changes.get("batch_norm") in ("per_step", "running") and not trained.tracks_statistics:
         raise UserError(
-            f"--batch_norm {asked['batch_norm']} needs statistics that training did not keep; train with "
+            f"--batch_norm {changes['batch_norm']} needs statistics that training did not keep; train with "
             "--per_step_bn_statistics true or --batch_norm running"
         )
-    if "head" in asked and "number_of_evaluation_steps_per_iter" in asked:
+    if "head" in changes and "number_of_evaluation_steps_per_iter" in changes:
         raise UserError("--steps counts inner steps, which --head takes the place of; leave one of them out")
-    if asked.get("backbone", trained.backbone) != trained.backbone:
+    if changes.get("backbone", trained.backbone) != trained.backbone:
         raise UserError(
-            f"--network {asked['backbone']} is not what was trained, which is {trained.backbone}; leave it out"
+            f"--network {changes['backbone']} is not what was trained, which is {trained.backbone}; leave it out"
         )
-    return changed(trained, DEFAULTS | asked)
+    return changed(trained, DEFAULTS | changes)
 
 
-def score(files: Sequence[Path], asked: Asked, rehearsal: Path | None = None) -> None:
-    """Score checkpoint files as the command line asks; with `rehearsal` on made-up images, and all results there."""
+def score(files: Sequence[Path], changes: Changes, rehearsal: Path | None = None) -> None:
+    """Score checkpoint files as the command line says; with `rehearsal` on made-up images, and all results there."""
     states = [checkpoints.load(path) for path in files]
     check_alike(states, files)
-    options = test_options(trained_options(states[0], files[0], asked), asked)
+    options = test_options(trained_options(states[0], files[0], changes), changes)
     if rehearsal:
         options = dataclasses.replace(options, dataset_dir=str(rehearsal), num_evaluation_tasks=2, val_query=1)
         write_images(options, {options.dataset_name, *options.test_dataset_list})
@@ -166,14 +167,14 @@ def score(files: Sequence[Path], asked: Asked, rehearsal: Path | None = None) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
-    files, asked = parse_command(argv)
-    if not asked.pop("dry_run", False):
+    files, changes = parse_command(argv)
+    if not changes.pop("dry_run", False):
         if not files:
             raise UserError("--load names the checkpoint to score")
-        score(files, asked)
+        score(files, changes)
         return
     with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
-        score(files or [made_up_checkpoint(Path(name), asked.get("gpu"))], asked, Path(name) / "test")
+        score(files or [made_up_checkpoint(Path(name), changes.get("gpu"))], changes, Path(name) / "test")
 
 
 def made_up_checkpoint(folder: Path, gpu: str | None) -> Path:

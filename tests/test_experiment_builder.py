@@ -170,6 +170,26 @@ def test_the_test_entry_scores_checkpoints_and_checks_the_way(finished: Path, to
     file.write_text(json.dumps(before))
 
 
+def test_a_rehearsal_scores_the_checkpoint_that_is_named_and_leaves_nothing_behind(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder_of(finished) / "logs" / "test_summary.json"
+    before = file.read_text()
+    words = ["--gpu", "cpu", "--dataset_dir", str(tmp_path), "--dry_run"]
+    best = str(folder_of(finished) / "saved_models" / "best")
+    test_entry.main(["--load", best, *words, "--shot", "4", "--dataset", "CUB,glyphs"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test on ")]
+    assert [line.split(":")[0] for line in lines] == [
+        f"test on {name}, 2-way 4-shot, best" for name in ("CUB", "glyphs")
+    ]
+    assert all("2 episodes" in line for line in lines)
+    assert file.read_text() == before and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        test_entry.main(["--load", str(tmp_path / "absent"), *words])
+    with pytest.raises(UserError, match="--load names the checkpoint"):
+        test_entry.main([])
+
+
 # --- exact resume --------------------------------------------------------------------------------------------------
 
 
@@ -385,8 +405,8 @@ def test_an_ensemble_of_unlike_models_is_refused(finished: Path, toy_data: Path,
 
 
 def test_a_run_cannot_go_on_nor_be_tested_with_another_pooling(toy_data: Path, tmp_path: Path) -> None:
-    """On images of 8 pixels one stage with stride 2 and one with pooling have weights of the same shapes."""
-    shapes = ["--num_stages", "3", "--total_epochs", "1"]  # 8 -> 1 pixel, either way
+    """Three stages, with pooling or with stride 2, leave one pixel of eight: all weights have the same shapes."""
+    shapes = ["--num_stages", "3", "--total_epochs", "1"]
     main(command(toy_data, tmp_path / "pooled", *shapes))
     main(command(toy_data, tmp_path / "strided", *shapes, "--max_pooling", "false"))
     other = command(toy_data, tmp_path / "pooled", *shapes, "--max_pooling", "false")

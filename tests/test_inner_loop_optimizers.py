@@ -1,6 +1,5 @@
 """Rules plug in: one that is defined in a file of its own trains, resumes, is saved and is listed in --help."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "adding_a_method.md"
 
 
 @add_options
-@dataclasses.dataclass
 class DecayOptions:
     decay_test: bool = opt(False, "Decay: multiply weights by a learned factor, which the task sees again as its state")
     decay_start: float = opt(0.9, "Decay: the factor at the start", at_least=0)

@@ -1,14 +1,33 @@
 """Options: precedence, types, and errors that name the option and the nearest right one."""
 
+import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal, get_args
 
 import pytest
 
+import utils.options as options_module
 from utils.errors import UserError
-from utils.options import Options, all_fields, command_line_parser, declaration, parse_args
+from utils.options import (
+    DEAD_KEYS,
+    Options,
+    Policy,
+    add_check,
+    add_choice,
+    add_options,
+    all_fields,
+    changed,
+    command_line_parser,
+    declaration,
+    differences,
+    opt,
+    parse_args,
+    unmet,
+)
 
 
 def test_command_line_wins_over_json_which_wins_over_defaults(tmp_path: Path) -> None:
@@ -121,3 +140,126 @@ def test_other_names_of_an_option_are_good_in_files_and_old_checkpoints(tmp_path
     file.write_text(json.dumps({"eps": 0.2, "head": "Ridge", "test_dataset": "CUB"}))
     options = parse_args(["--name_of_args_json_file", str(file)])
     assert (options.learner, options.label_smoothing, options.test_dataset_list) == ("head", 0.2, ["CUB"])
+
+
+# --- declarations --------------------------------------------------------------------------------------------------
+
+
+def another(name: str, value: Any) -> Any:
+    """A value of the option that is not `value`."""
+    if choices := declaration(name).choices:
+        return next((choice for choice in choices if choice != value), "another")
+    if isinstance(value, bool) or value is None:
+        return not value
+    return f"{value}x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("purpose", ["resume", "test"])
+def test_every_option_has_a_policy_which_is_applied(purpose: Literal["resume", "test"]) -> None:
+    """A run that had another value is found out, unless the declaration says to ignore it or it has no effect."""
+    lines: list[list[str]] = [[], ["--head", "SVM", "--svm_solver", "qpth", "--network", "ResNet"], ["--head", "Ridge"]]
+    never_idle = set()
+    for now in map(parse_args, lines):
+        for field in all_fields():
+            policy = getattr(declaration(field.name), purpose)
+            assert policy in get_args(Policy), field.name
+            before = dataclasses.asdict(now) | {field.name: another(field.name, getattr(now, field.name))}
+            idle = unmet(declaration(field.name).only, now) is not None
+            expected = [] if policy == "ignore" or idle else [(field.name, policy)]
+            assert [(one.name, one.policy) for one in differences(before, now, purpose)] == expected, field.name
+            never_idle |= set() if idle else {field.name}
+    assert never_idle == {field.name for field in all_fields()}
+
+
+def test_an_option_that_an_older_checkpoint_does_not_know_counts_as_its_default() -> None:
+    before = dataclasses.asdict(Options())
+    del before["max_pooling"]
+    assert not differences(before, Options(), "resume")
+    assert [one.name for one in differences(before, Options(max_pooling=False), "resume")] == ["max_pooling"]
+    assert not differences(before | {"dataset_name": "mini-ImageNet"}, Options(), "resume")
+
+
+def test_a_flag_alone_means_true() -> None:
+    assert parse_args(["--alfa", "--seed", "3"]) == parse_args(["--alfa", "true", "--seed", "3"])
+    assert parse_args(["--seed", "3", "--alfa"]).alfa and parse_args(["--dry-run"]).dry_run
+    with pytest.raises(UserError, match="--alfa is 'stray'; it takes true or false"):
+        parse_args(["--alfa", "stray"])
+
+
+def test_regularisation_of_heads_is_reachable() -> None:
+    options = parse_args(["--head", "SVM", "--C_reg", "0.5"])
+    assert options.solver_options == {"solver": "structured", "C_reg": 0.5}
+    assert parse_args(["--head", "Ridge", "--lambda_reg", "10"]).solver_options == {"lambda_reg": 10}
+    with pytest.raises(UserError, match="--C_reg has no effect with --head Ridge; it needs --head SVM-CS or"):
+        parse_args(["--head", "Ridge", "--C_reg", "0.5"])
+    with pytest.raises(UserError, match=r"--C_reg is 0\.0; it must be a number from 1e-09 up"):
+        parse_args(["--head", "SVM", "--C_reg", "0"])
+
+
+def test_changes_reset_what_they_make_idle() -> None:
+    trained = parse_args(["--head", "SVM", "--svm_solver", "qpth", "--svm_max_iter", "5"])
+    assert changed(trained, {"svm_max_iter": 3}).solver_options == {"solver": "qpth", "max_iter": 3}
+    assert changed(trained, {"head": "Ridge"}).solver_options == {}
+    with pytest.raises(UserError, match="--svm_max_iter has no effect with --svm_solver structured"):
+        changed(trained, {"svm_solver": "structured", "svm_max_iter": 3})
+
+
+def test_official_json_keys_are_all_known() -> None:
+    known = {field.name for field in all_fields()} | DEAD_KEYS.keys()
+    listed = Path(__file__).resolve().parents[2] / "shared" / "facts" / "official_json_keys.json"
+    if not listed.exists():
+        pytest.skip("../shared is not here")
+    assert json.loads(listed.read_text()).keys() <= known
+
+
+@pytest.fixture
+def plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test adds to the options is gone after it."""
+    Options()  # the project's own plug-ins stay
+    monkeypatch.setattr(options_module, "_current", options_module._current)
+    monkeypatch.setattr(options_module, "_checks", [*options_module._checks])
+    monkeypatch.setattr(declaration("head"), "choices", dict(declaration("head").choices))
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_a_plug_in_declares_options_choices_and_checks_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Options()
+
+    @add_options
+    class OfTheRule:
+        sharpness: float = opt(2.0, "how sharp the made-up rule is", at_least=1, only={"learner": "gradient"})
+
+    add_choice("head", "Nearest", only={"learner": "head"})
+
+    @add_check
+    def even(options: Options) -> Iterator[str]:
+        if options.sharpness % 2:
+            yield f"--sharpness {options.sharpness:g} is odd"
+
+    options = parse_args(["--sharpness", "4"])
+    assert isinstance(options, OfTheRule) and options.sharpness == 4 and options.batch_size == Options().batch_size
+    assert dataclasses.replace(options, seed=1).sharpness == copy.deepcopy(options).sharpness == 4
+    assert dataclasses.asdict(options)["sharpness"] == 4
+    assert Options.from_object(before).sharpness == dataclasses.replace(before, seed=1).sharpness == 2
+    assert [one.name for one in differences({"sharpness": 4.0}, Options(), "resume")] == ["sharpness"]
+    assert parse_args(["--head", "nearest"]).head == "Nearest"
+    for words, message in (
+        (["--sharpness", "0.5"], "--sharpness is 0.5; it must be a number from 1 up"),
+        (["--sharpness", "3"], "--sharpness 3 is odd"),
+        (["--head", "Ridge", "--sharpnes", "4"], r"did you mean '--sharpness'\?"),
+        (["--learner", "head", "--sharpness", "4"], "--sharpness has no effect with --learner head"),
+        (["--head", "Farthest"], "it is one of ProtoNet, .*Nearest"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_args(words)
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--sharpness FLOAT" in text and "how sharp the made-up rule is [2.0]" in text and "Nearest" in text
+    with pytest.raises(ValueError, match="Twice declares what is an option already: seed"):
+
+        @add_options
+        class Twice:
+            seed: int = opt(1, "the seed again")

@@ -33,40 +33,29 @@ Policy = Literal["refuse", "warn", "ignore", "keep"]
 Condition = dict[str, Any]  # option -> the value, or a tuple of the values, that it has to have
 
 
-class Declaration(NamedTuple):
+@dataclasses.dataclass
+class Declaration:
     """What is declared of an option besides its name, type and default."""
 
     meaning: str
-    choices: dict[Any, list[Condition]]  # the values it may have -> conditions of which one has to hold; {}: any value
-    aliases: dict[str, str]  # other programs' words for some of the choices
-    at_least: float | None
-    at_most: float | None
-    only: Condition  # where the option has an effect
-    resume: Policy
-    test: Policy
-    dry_run: Any  # the value that a dry run uses in its place; None: the same value
+    _: dataclasses.KW_ONLY
+    choices: Any = ()  # the values that it may have; may map each to the condition under which it is one; (): any
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other programs' words -> choices
+    at_least: float | None = None
+    at_most: float | None = None
+    only: Condition = dataclasses.field(default_factory=dict)  # where it has an effect; elsewhere it stays the default
+    resume: Policy = "refuse"
+    test: Policy = "refuse"
+    dry_run: Any = None  # the value that a dry run uses in its place; None: the same value
+
+    def __post_init__(self) -> None:
+        conditions = self.choices if isinstance(self.choices, dict) else {choice: {} for choice in self.choices}
+        self.choices = {choice: [only] for choice, only in conditions.items()}  # one of the conditions has to hold
 
 
-def opt(
-    default: T,
-    meaning: str,
-    *,
-    choices: Iterable[Any] | Mapping[Any, Condition] = (),
-    aliases: Mapping[str, str] | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    only: Condition | None = None,
-    resume: Policy = "refuse",
-    test: Policy = "refuse",
-    dry_run: Any = None,
-) -> T:
-    """Return a dataclass field that carries a `Declaration`; see there for the arguments.
-
-    `choices` may map each choice to the condition under which it is one.
-    """
-    among = {name: [choices[name] if isinstance(choices, Mapping) else {}] for name in choices}
-    declared = Declaration(meaning, among, dict(aliases or {}), at_least, at_most, only or {}, resume, test, dry_run)
-    return dataclasses.field(default=default, metadata={"declared": declared})
+def opt(default: T, meaning: str, **more: Any) -> T:
+    """Return a dataclass field with the default, and with a `Declaration` of the other arguments as metadata."""
+    return dataclasses.field(default=default, metadata={"declared": Declaration(meaning, **more)})
 
 
 def free(default: T, meaning: str, **more: Any) -> T:
@@ -79,10 +68,15 @@ def tuned(default: T, meaning: str, **more: Any) -> T:
     return opt(default, meaning, resume="warn", test="ignore", **more)
 
 
+def fixed(default: T, meaning: str, **more: Any) -> T:
+    """Return the field of an option that a run has to keep, and that tests do not depend on."""
+    return opt(default, meaning, test="ignore", **more)
+
+
 GRADIENT: Condition = {"learner": "gradient"}
 HEAD: Condition = {"learner": "head"}
 RESNET: Condition = {"backbone": "ResNet-12"}
-LARGEST_SEED = 2**32 - 1
+SEED = {"at_least": 0, "at_most": 2**32 - 1}
 
 
 @dataclasses.dataclass
@@ -113,12 +107,8 @@ class Options:
         choices=("unit", "channel", "published"),
         test="keep",
     )
-    augment: bool = opt(
-        False, "training images are cropped at random, colour-jittered and flipped, as MetaOptNet's", test="ignore"
-    )
-    skip_bad_images: bool = opt(
-        False, "leave out images that cannot be read, with a warning, instead of stopping", test="warn"
-    )
+    augment: bool = fixed(False, "training images are cropped, colour-jittered and flipped at random, as MetaOptNet's")
+    skip_bad_images: bool = opt(False, "leave out images that cannot be read, with a warning", test="warn")
     num_dataprovider_workers: int | None = free(
         None, "processes that decode a data set's images once; default: all cores", at_least=1
     )
@@ -126,65 +116,41 @@ class Options:
     # --- tasks ------------------------------------------------------------------------------------------------
     num_classes_per_set: int = opt(5, "way: classes in a task", at_least=1, test="warn")
     num_samples_per_class: int = opt(1, "shot: support images per class", at_least=1, test="warn")
-    num_target_samples: int = opt(15, "query images per class", at_least=1, test="ignore", dry_run=1)
-    test_way: int | None = opt(
-        None, "way in validation and test, where there is a head; default: as in training", at_least=1, test="ignore"
-    )
-    val_shot: int | None = opt(None, "shot in validation and test; default: as in training", at_least=1, test="ignore")
-    val_query: int | None = opt(
-        None,
-        "query images per class in validation and test; default: as in training",
-        at_least=1,
-        test="ignore",
-        dry_run=1,
+    num_target_samples: int = fixed(15, "query images per class", at_least=1, dry_run=1)
+    test_way: int | None = fixed(None, "way in validation and test, with a head; default: as in training", at_least=1)
+    val_shot: int | None = fixed(None, "shot in validation and test; default: as in training", at_least=1)
+    val_query: int | None = fixed(
+        None, "query images per class in validation and test; default: as in training", at_least=1, dry_run=1
     )
     test_shots: str | None = free(None, "shots to meta-test with, such as 1,5; default: that of validation")
-    batch_size: int = opt(4, "tasks in a training meta-batch, over all devices together", at_least=1, test="ignore")
-    test_batch_size: int | None = free(
-        None, "tasks in a validation or test meta-batch; default: batch_size", at_least=1
-    )
+    batch_size: int = fixed(4, "tasks in a training meta-batch, over all devices together", at_least=1)
+    test_batch_size: int | None = free(None, "tasks in an evaluation meta-batch; default: batch_size", at_least=1)
     tasks_per_pass: int | None = free(
-        None,
-        "tasks computed in one vectorised pass, same gradients; default: all on a GPU, one on a CPU",
-        at_least=1,
-        only=GRADIENT,
+        None, "tasks in one vectorised pass; default: all on a GPU, one on a CPU", at_least=1, only=GRADIENT
     )
     checkpoint_inner_steps: bool = free(False, "store less, compute inner steps twice; same gradients", only=GRADIENT)
-    rotate_classes: bool | None = opt(
-        None,
-        "training turns each class by 0 to 3 quarters, which makes new classes; default: on for omniglot",
-        test="ignore",
+    rotate_classes: bool | None = fixed(
+        None, "training turns each class by 0 to 3 quarters, which makes new classes; default: on for omniglot"
     )
-    train_seed: int = opt(0, "seed of the stream of training tasks", at_least=0, at_most=LARGEST_SEED, test="ignore")
-    val_seed: int = opt(
-        0,
-        "seed of the (separate) streams of validation and test tasks",
-        at_least=0,
-        at_most=LARGEST_SEED,
-        test="ignore",
-    )
+    train_seed: int = fixed(0, "seed of the stream of training tasks", **SEED)
+    val_seed: int = fixed(0, "seed of the (separate) streams of validation and test tasks", **SEED)
 
     # --- network ----------------------------------------------------------------------------------------------
     backbone: str = opt("4-CONV", "network; a gradient learner adapts it, a head learner embeds images with it")
     resnet_widths: str = opt("64-128-256-512", "channels of ResNet-12's blocks", only=RESNET, dry_run="2-3-4-5")
     avg_pool: bool = opt(False, "ResNet-12 averages its last map", only=HEAD | RESNET)
-    dropblock_schedule: str = opt(
+    dropblock_schedule: str = fixed(
         "official",
-        "what the rate of ResNet-12's DropBlock grows with. training: forward passes in training; official: also those "
-        "in evaluation, as the official program counts",
+        "the rate of ResNet-12's DropBlock grows with forward passes. training: those in training; official: also "
+        "those in evaluation, as the official program counts",
         choices=("training", "official"),
         only=HEAD | RESNET,
-        test="ignore",
     )
     cnn_num_filters: int = opt(48, "filters of every convolution", at_least=1, only=GRADIENT, dry_run=4)
     num_stages: int = opt(4, "convolution blocks", at_least=1, only=GRADIENT)
     conv_padding: bool = opt(True, "pad convolutions by one pixel", only=GRADIENT)
-    max_pooling: bool = opt(
-        True, "2x2 max-pooling; off: convolutions of stride 2 and a global average pool", only=GRADIENT
-    )
-    use_bias: bool | None = opt(
-        None, "4-CONV: biases in the convolutions; default: as official, on with ALFA and L2F", only=GRADIENT
-    )
+    max_pooling: bool = opt(True, "2x2 max-pooling; off: stride 2 and a global average pool", only=GRADIENT)
+    use_bias: bool | None = opt(None, "4-CONV: biases; default: as official, on with ALFA and L2F", only=GRADIENT)
     norm_layer: str = opt("batch_norm", "normalisation after each convolution", choices=("batch_norm",))
     batch_norm: str = opt(
         "transductive",
@@ -193,17 +159,13 @@ class Options:
         choices={"transductive": GRADIENT, "per_step": GRADIENT, "running": {}},
         test="warn",
     )
-    per_step_bn_statistics: bool = opt(
-        False, "batch-norm weights and running statistics of their own for each step", only=GRADIENT
-    )
+    per_step_bn_statistics: bool = opt(False, "batch-norm weights and statistics of each step's own", only=GRADIENT)
     learnable_bn_gamma: bool = opt(True, "train the batch norm's scale", only=GRADIENT)
     learnable_bn_beta: bool = opt(True, "train the batch norm's shift", only=GRADIENT)
 
     # --- inner loop -------------------------------------------------------------------------------------------
     number_of_training_steps_per_iter: int = opt(5, "inner steps in training", at_least=1, only=GRADIENT, test="warn")
-    number_of_evaluation_steps_per_iter: int = opt(
-        5, "inner steps in validation and test", at_least=1, only=GRADIENT, test="ignore"
-    )
+    number_of_evaluation_steps_per_iter: int = fixed(5, "inner steps in evaluation", at_least=1, only=GRADIENT)
     init_inner_loop_learning_rate: float = opt(
         0.01, "inner learning rate (initial value where it is learned)", at_least=0, only=GRADIENT, test="warn"
     )
@@ -212,23 +174,17 @@ class Options:
     )
 
     # --- head -------------------------------------------------------------------------------------------------
-    head: str | None = opt(
-        None, "base learner on the embeddings of a task; default with --learner head: ProtoNet", test="warn"
-    )
+    head: str | None = opt(None, "base learner on embeddings; default with --learner head: ProtoNet", test="warn")
 
     # --- outer loop -------------------------------------------------------------------------------------------
-    second_order: bool = opt(True, "differentiate through the inner gradients", only=GRADIENT, test="ignore")
+    second_order: bool = fixed(True, "differentiate through the inner gradients", only=GRADIENT)
     first_order_to_second_order_epoch: int = tuned(-1, "second order only in epochs after this one", only=GRADIENT)
-    use_multi_step_loss_optimization: bool = opt(
-        False, "MSL (MAML++): weighted query loss after every inner step", only=GRADIENT, test="ignore"
+    use_multi_step_loss_optimization: bool = fixed(
+        False, "MSL (MAML++): weighted query loss after every inner step", only=GRADIENT
     )
-    multi_step_loss_num_epochs: int = tuned(
-        15, "MSL: epochs until only the last step counts", at_least=1, only=GRADIENT
-    )
+    multi_step_loss_num_epochs: int = tuned(15, "MSL: epochs until only the last counts", at_least=1, only=GRADIENT)
     meta_learning_rate: float = tuned(0.001, "learning rate at the start, of Adam; head: of SGD", at_least=0)
-    min_learning_rate: float = tuned(
-        0.001, "learning rate at the end of the cosine schedule; equal: constant", at_least=0, only=GRADIENT
-    )
+    min_learning_rate: float = tuned(0.001, "learning rate at the cosine schedule's end", at_least=0, only=GRADIENT)
     outer_weight_decay: float = tuned(0.0, "SGD's decay of every parameter", at_least=0, only=HEAD)
     label_smoothing: float = tuned(0.0, "part of a training target that the other classes share", at_least=0, only=HEAD)
     precision: str = tuned(
@@ -252,11 +208,11 @@ class Options:
     experiment_name: str = free("experiment", "results go to experiments_dir/DATASET_NwayKshot/experiment_name")
     experiments_dir: str = free("experiments", "folder that holds all results")
     save_path: str | None = free(None, "folder of results instead; its checkpoints lie directly in it")
-    seed: int = opt(104, "seed of the initial weights", at_least=0, at_most=LARGEST_SEED, test="ignore")
+    seed: int = fixed(104, "seed of the initial weights", **SEED)
     total_epochs: int = free(100, "epochs; each ends with a validation and a checkpoint", at_least=1, dry_run=2)
-    total_iter_per_epoch: int = opt(500, "training iterations in an epoch", at_least=1, test="ignore", dry_run=1)
-    num_evaluation_tasks: int = opt(
-        600, "tasks of a validation or test; one task has no confidence interval", at_least=2, test="ignore", dry_run=2
+    total_iter_per_epoch: int = fixed(500, "training iterations in an epoch", at_least=1, dry_run=1)
+    num_evaluation_tasks: int = fixed(
+        600, "tasks of a validation or test; one task has no confidence interval", at_least=2, dry_run=2
     )
     max_models_to_save: int = free(5, "epoch checkpoints kept: the best by validation accuracy", at_least=1)
     save_epoch: int = free(0, "keep the checkpoint of every so many epochs as well; 0: of none", at_least=0)
@@ -266,12 +222,8 @@ class Options:
         "latest; from_scratch; or the number of a kept epoch. The last two hold each time the command is given",
         dry_run="latest",
     )
-    evaluate_on_test_set_only: bool = free(
-        False, "no training: meta-test the checkpoints of this experiment", dry_run=False
-    )
-    test_datasets: str | None = free(
-        None, "data sets to meta-test on, such as CUB or CUB,glyphs,digits; default: dataset_name"
-    )
+    evaluate_on_test_set_only: bool = free(False, "no training: meta-test this experiment's checkpoints", dry_run=False)
+    test_datasets: str | None = free(None, "data sets to meta-test on, such as CUB,glyphs; default: dataset_name")
     gpu: str | None = free(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
     dry_run: bool = free(False, "two tiny iterations of everything on made-up images, in a folder that is then removed")
     name_of_args_json_file: str | None = free(None, "JSON file of options; the command line wins over it")
@@ -288,7 +240,7 @@ class Options:
 
     @classmethod
     def from_object(cls, source: object) -> "Options":
-        """Options from an object's attributes of these names; missing ones take the defaults, others are ignored."""
+        """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored."""
         load_plugins()
         if isinstance(source, _current):
             source.validate()
@@ -298,7 +250,7 @@ class Options:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
-        """Options from a mapping of values or their text; raises UserError for an unknown name or a bad value."""
+        """Return options from values or their text; raises UserError for an unknown name or a bad value."""
         fields = [field.name for field in all_fields()]
         values = {ALIASES.get(name, name): value for name, value in values.items()}
         if unknown := [name for name in values if name not in fields]:
@@ -317,15 +269,14 @@ class Options:
 
     @property
     def training_task(self) -> tuple[int, int, int]:
-        """(way, shot, query) in training."""
+        """Return (way, shot, query) in training."""
         return self.num_classes_per_set, self.num_samples_per_class, self.num_target_samples
 
     @property
     def evaluation_task(self) -> tuple[int, int, int]:
-        """(way, shot, query) in validation and test."""
-        given = (self.test_way, self.val_shot, self.val_query)
-        way, shot, query = (other or own for other, own in zip(given, self.training_task, strict=True))
-        return way, shot, query
+        """Return (way, shot, query) in validation and test."""
+        way, shot, query = self.training_task
+        return self.test_way or way, self.val_shot or shot, self.val_query or query
 
     @property
     def test_dataset_list(self) -> list[str]:
@@ -337,7 +288,7 @@ class Options:
 
     @property
     def tracks_statistics(self) -> bool:
-        """Whether training keeps running statistics of batch norm."""
+        """Return whether training keeps running statistics of batch norm."""
         return self.per_step_bn_statistics or self.batch_norm == "running"
 
     @property
@@ -346,7 +297,7 @@ class Options:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """Return (channels, height, width)."""
         return self.image_channels, self.image_height, self.image_width
 
     @property
@@ -380,14 +331,14 @@ def declaration(name: str) -> Declaration:
 
 
 def add_options(mixin: type[T]) -> type[T]:
-    """Make the fields of a dataclass options of every `Options` made from now on; usable as a decorator.
+    """Make the `opt` fields of a class options of every `Options` made from now on; a decorator.
 
     Raises ValueError if one of them is an option already.
     """
     global _current
-    own = [name for name in mixin.__dataclass_fields__ if name in _current.__dataclass_fields__]  # type: ignore
-    if own:
-        raise ValueError(f"{mixin.__name__} declares what is an option already: {', '.join(own)}")
+    mixin = dataclasses.dataclass(mixin)
+    if twice := [name for name in mixin.__annotations__ if name in _current.__dataclass_fields__]:
+        raise ValueError(f"{mixin.__name__} declares what is an option already: {', '.join(twice)}")
     _current = dataclasses.make_dataclass("Options", [], bases=(mixin, _current))
     return mixin
 
@@ -429,7 +380,7 @@ def usual_values(learner: str) -> dict[str, Any]:
 
 @add_check
 def _declared(options: Options) -> Iterator[str]:
-    """Choices, bounds, and values where the option has no effect."""
+    """Yield what is not among the choices, is out of bounds, or was set where it has no effect."""
     for name, usual in usual_values(options.learner).items():
         value, declared = getattr(options, name), declaration(name)
         if value is None:
@@ -450,7 +401,7 @@ def _declared(options: Options) -> Iterator[str]:
 
 @add_check
 def _contradictions(options: Options) -> Iterator[str]:
-    """Contradictions of the core's options."""
+    """Yield the contradictions among options of training in general."""
     names = [canonical_name(name) for name in options.test_dataset_list]
     if "" in names or len(set(names)) < len(names):
         yield f"--test_datasets is {options.test_datasets!r}; it takes different names such as CUB,glyphs"
@@ -491,7 +442,7 @@ def _contradictions(options: Options) -> Iterator[str]:
 
 
 def one_value_per_step(options: Options, name: str) -> Iterator[str]:
-    """The contradiction, if there is one, of an option that learns a value for each training step and more steps."""
+    """Yield the contradiction of an option that learns a value per training step and more steps in evaluation."""
     steps, more = options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter
     if more > steps:
         yield (
@@ -502,7 +453,7 @@ def one_value_per_step(options: Options, name: str) -> Iterator[str]:
 
 @add_check
 def _contradictions_of_heads(options: Options) -> Iterator[str]:
-    """Contradictions of heads and the tasks that are solved with them."""
+    """Yield the contradictions that concern heads and the tasks that they solve."""
     heads, way = options.learner == "head", options.num_classes_per_set
     if options.head and not heads and not options.evaluate_on_test_set_only:
         yield (
@@ -514,7 +465,7 @@ def _contradictions_of_heads(options: Options) -> Iterator[str]:
     if heads and options.lr_schedule is None:
         yield f"--learner head needs an --lr_schedule: {' or '.join(allowed(declaration('lr_schedule'), options))}"
     if options.head and min(way, options.evaluation_task[0]) < 2:
-        yield "a --head needs at least 2 ways to tell apart"
+        yield "a --head needs at least 2 ways"
     if options.head is None and options.test_way not in (None, way):
         yield (
             f"the network classifies {way} ways with a linear layer, so it cannot be tested with {options.test_way}; "
@@ -575,7 +526,7 @@ ALIASES = metaoptnet.FLAGS | {"test_dataset": "test_datasets"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    """Options of a command line (default: this process's); raises UserError for anything that is not right."""
+    """Return the options of a command line (default: this process's); raises UserError for what is not right."""
     values = parse(command_line_parser(), argv)
     file = values.get("name_of_args_json_file")
     values = (read_json(Path(file)) if file not in (None, "None") else {}) | values
@@ -585,7 +536,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 
 
 def _of_gradient(values: Mapping[str, Any]) -> bool:
-    """Whether options that only a gradient learner heeds are among the values, or a network that only it has."""
+    """Return whether the values have an option or a network that only a gradient learner heeds."""
     names = [name for name in values if name not in ALIASES]
     network = converted({"backbone": values.get("backbone", "ResNet-12")})["backbone"]
     return declaration("backbone").choices.get(network) == [GRADIENT] or any(
@@ -611,10 +562,11 @@ def parser_of(flags: Mapping[str, str], defaults: Mapping[str, Any], description
         names = [name for name in flags if flags[name] == option]
         spelt = [f"--{name}" for name in names] + [f"--{name.replace('_', '-')}" for name in names if "_" in name]
         declared, kind = declaration(option), _base_type(_current.__dataclass_fields__[option])
+        other = "".join(f"; {alias} is {choice}" for alias, choice in declared.aliases.items())
         parser.add_argument(
             *spelt,
             dest=option,
-            help=f"{declared.meaning} [{defaults[option]}]".replace("%", "%%"),
+            help=f"{declared.meaning}{other} [{defaults[option]}]".replace("%", "%%"),
             metavar="|".join(map(str, declared.choices)) or kind.__name__.upper(),
             nargs="?" if kind is bool else None,
             const="true" if kind is bool else None,
@@ -651,26 +603,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in DEAD_KEYS}
 
 
-# Keys of the official JSON files that decide nothing here, and why.
-_NEVER_READ = "the official programs never read it"
-DEAD_KEYS = {
-    **dict.fromkeys(("cnn_blocks_per_stage", "cnn_num_blocks", "weight_decay", "dropout_rate_value"), _NEVER_READ),
-    **dict.fromkeys(("meta_opt_bn", "learnable_batch_norm_momentum", "minimum_per_task_contribution"), _NEVER_READ),
-    **dict.fromkeys(("evalute_on_test_set_only", "train_in_stages", "total_unique_tasks"), _NEVER_READ),
-    **dict.fromkeys(("gpu_to_use", "num_of_gpus", "use_cuda", "use_gpu"), "--gpu says where to compute"),
-    **dict.fromkeys(
-        ("dataset_path", "sets_are_pre_split", "train_val_test_split"), "data sets are class folders by split"
-    ),
-    **dict.fromkeys(
-        ("reset_stored_paths", "load_from_npz_files", "load_into_memory"), "images are cached by themselves"
-    ),
-    **dict.fromkeys(("indexes_of_folders_indicating_class", "labels_as_int"), "data sets are class folders by split"),
-    **dict.fromkeys(("use_gdrive", "reverse_channels", "architecture_name"), "it has no counterpart"),
-    "augment_images": "--rotate_classes says whether training turns classes",
-    "samples_per_iter": "--batch_size counts the tasks of a meta-batch",
-    "task_learning_rate": "--init_inner_loop_learning_rate is the inner rate",
-    "continue_from_epoch": "a file cannot say where a run stands; the command line can",
+# Keys of the official JSON files that decide nothing here, by the reason.
+_NO_EFFECT = {
+    "the official programs never read it": "cnn_blocks_per_stage cnn_num_blocks weight_decay dropout_rate_value "
+    "meta_opt_bn learnable_batch_norm_momentum minimum_per_task_contribution evalute_on_test_set_only train_in_stages "
+    "total_unique_tasks",
+    "--gpu says where to compute": "gpu_to_use num_of_gpus use_cuda use_gpu",
+    "data sets are class folders by split": "dataset_path sets_are_pre_split train_val_test_split labels_as_int "
+    "indexes_of_folders_indicating_class",
+    "images are cached by themselves": "reset_stored_paths load_from_npz_files load_into_memory",
+    "it has no counterpart": "use_gdrive reverse_channels architecture_name total_epochs_before_pause",
+    "--rotate_classes says whether training turns classes": "augment_images",
+    "--batch_size counts the tasks of a meta-batch": "samples_per_iter",
+    "--init_inner_loop_learning_rate is the inner rate": "task_learning_rate",
+    "a file cannot say where a run stands; the command line can": "continue_from_epoch",
 }
+DEAD_KEYS = {name: reason for reason, names in _NO_EFFECT.items() for name in names.split()}
 
 
 def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -693,37 +641,27 @@ def converted(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """Return a value or its text as the field's type; raises UserError naming the option and what it takes."""
-    kind = _base_type(field)
-    if value is None or (value == "None" and kind is not bool and field.default is None):
-        if field.default is not None:
-            raise UserError(f"--{field.name} needs a value ({kind.__name__})")
+    kind, declared = _base_type(field), field.metadata["declared"]
+    if value in (None, "None") and field.default is None:
         return None
+    if value is None:
+        raise UserError(f"--{field.name} needs a value ({kind.__name__})")
     try:
-        converted = _boolean(value) if kind is bool else _number_or_text(kind, value)
-    except (TypeError, ValueError, OverflowError) as error:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, (bool, list, dict)) or (kind is int and float(value) % 1):  # of inf it is nan, so true
+            raise ValueError(value)
+        converted = kind(value)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
-    declared: Declaration = field.metadata["declared"]
     spelt = {_folded(choice): choice for choice in declared.choices}
     spelt |= {_folded(alias): choice for alias, choice in declared.aliases.items()}
     return spelt.get(_folded(converted), converted)
 
 
-def _folded(choice: object) -> str:
-    """Return a spelling that 4-CONV, 4conv and 4_conv share."""
-    return str(choice).lower().replace("-", "").replace("_", "")
-
-
-def _number_or_text(kind: type, value: Any) -> Any:
-    if isinstance(value, (bool, list, dict)) or (kind is int and float(value) != int(float(value))):
-        raise ValueError(value)
-    return kind(value)
-
-
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
+def _folded(choice: object) -> str:
+    """Return a spelling that 4-CONV, 4conv and 4_conv share."""
+    return str(choice).lower().replace("-", "").replace("_", "")
