@@ -250,3 +250,21 @@ def test_a_head_sits_on_the_body_of_a_gradient_trained_network(tmp_path: Path) -
     gram = features[0] @ features[0].mT + 50 * torch.eye(10)
     dual = torch.linalg.solve(gram, torch.nn.functional.one_hot(y_support.flatten(1), 5).float())
     torch.testing.assert_close(torch.stack(logits), 2 * features[1] @ features[0].mT @ dual, rtol=1e-4, atol=1e-5)
+
+
+def test_predict_is_evaluation_whatever_came_after_adapt() -> None:
+    model = learner(head="Ridge", backbone="ResNet-12", resnet_widths="2-3-4-5", dropblock_schedule="training")
+    x_support, x_query, y_support, _ = (part.flatten(1, 2) for part in batch())
+    state = model.adapt(x_support, y_support)
+    expected = model.predict(state, x_query)
+    model.train()
+    torch.testing.assert_close(model.predict(state, x_query), expected)
+    assert not model.training
+
+
+def test_every_tensor_of_a_head_on_a_body_is_where_the_learner_is() -> None:
+    options = Options.from_mapping({"head": "Ridge", "evaluate_on_test_set_only": True, "num_stages": 2})
+    model = build_learner("meta", options)
+    found = [tensor for module in vars(model)["_modules"].values() for tensor in module.state_dict().values()]
+    assert model.get_parameter("head.scale").device.type == "meta"
+    assert {tensor.device.type for tensor in found} == {"meta"}

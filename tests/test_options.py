@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import pytest
 
 import utils.options as options_module
+from classification_heads import head_options
 from utils.errors import UserError
 from utils.options import (
     DEAD_KEYS,
@@ -188,8 +189,8 @@ def test_a_flag_alone_means_true() -> None:
 
 def test_regularisation_of_heads_is_reachable() -> None:
     options = parse_args(["--head", "SVM", "--C_reg", "0.5"])
-    assert options.solver_options == {"solver": "structured", "C_reg": 0.5}
-    assert parse_args(["--head", "Ridge", "--lambda_reg", "10"]).solver_options == {"lambda_reg": 10}
+    assert head_options(options) == {"solver": "structured", "C_reg": 0.5}
+    assert head_options(parse_args(["--head", "Ridge", "--lambda_reg", "10"])) == {"lambda_reg": 10}
     with pytest.raises(UserError, match="--C_reg has no effect with --head Ridge; it needs --head SVM-CS or"):
         parse_args(["--head", "Ridge", "--C_reg", "0.5"])
     with pytest.raises(UserError, match=r"--C_reg is 0\.0; it must be a number from 1e-09 up"):
@@ -198,8 +199,8 @@ def test_regularisation_of_heads_is_reachable() -> None:
 
 def test_changes_reset_what_they_make_idle() -> None:
     trained = parse_args(["--head", "SVM", "--svm_solver", "qpth", "--svm_max_iter", "5"])
-    assert changed(trained, {"svm_max_iter": 3}).solver_options == {"solver": "qpth", "max_iter": 3}
-    assert changed(trained, {"head": "Ridge"}).solver_options == {}
+    assert head_options(changed(trained, {"svm_max_iter": 3})) == {"solver": "qpth", "max_iter": 3}
+    assert head_options(changed(trained, {"head": "Ridge"})) == {}
     with pytest.raises(UserError, match="--svm_max_iter has no effect with --svm_solver structured"):
         changed(trained, {"svm_solver": "structured", "svm_max_iter": 3})
 
