@@ -13,7 +13,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of golden arrays and real archives beside the checkout; tests that need it skip where it is absent."""
+    """Return the folder of real archives and full recordings beside the checkout; its tests skip where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip("../shared (golden arrays and real archives) is not here")
+        pytest.skip("../shared (real archives, class splits, full recordings) is not here")
     return SHARED

@@ -61,7 +61,7 @@ def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
 
 
 def context_is_inert(case: str) -> bool:
-    """All but CxGrad with small gammas: near 0.69 the context hardly moves (docs/arithmetic.md, section 10)."""
+    """All but CxGrad with small gammas: near 0.69 the context hardly moves (docs/arithmetic.md, section 12)."""
     return not case.startswith("cxgrad") or case in ("cxgrad", "cxgrad_eval")
 
 

@@ -1,6 +1,7 @@
 """The recorded numbers that every clone has are the full recordings' own, and their inputs are made again exactly."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,14 @@ def test_remade_episodes_are_the_recorded_ones(case: str, shared: Path) -> None:
         with np.load(file) as full:
             for name, array in made.items():
                 np.testing.assert_array_equal(array, full[name], err_msg=f"{file.stem}/{name}")
+
+
+def test_every_cited_section_of_the_arithmetic_exists() -> None:
+    root = HERE.parents[1]
+    sections = set(re.findall(r"^## (\d+)\. ", (root / "docs" / "arithmetic.md").read_text(), re.MULTILINE))
+    code = [path.read_text() for folder in (root, root / "tests") for path in folder.glob("*.py")]
+    cited = {number for text in code for number in re.findall(r"arithmetic\.md, section (\d+)", text)}
+    assert cited and cited <= sections
 
 
 def test_recordings_stay_small() -> None:
