@@ -1,6 +1,5 @@
 """Rules plug in: one that is defined in a file of its own trains, resumes, is saved and is listed in --help."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,12 @@ import torch
 
 import train_maml_system
 from experiment_builder import experiment_folder
-from inner_loop_optimizers import RULES, InnerLoop, Rule, State, Weights, register
+from inner_loop_optimizers import InnerLoop, Rule, State, Weights, register
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import checkpoints
 from utils.errors import UserError
 from utils.options import Options, add_options, command_line_parser, opt, parse_args
 from utils.synthetic import write_dataset
-
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "adding_a_method.md"
 
 
 @add_options
@@ -80,12 +77,3 @@ def test_a_rule_of_ones_own_trains_resumes_exactly_and_is_tested(tmp_path: Path)
     with pytest.raises(UserError, match=r"--decay_start is 0\.8, but the run was started with 0\.9"):
         train_maml_system.main([*line, "--experiment_name", "whole", "--total_epochs", "3", "--decay_start", "0.8"])
     assert (folder / "logs" / "test_summary.csv").exists()
-
-
-def test_the_rule_of_the_document_works() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    if "Shrink" not in RULES:
-        exec(compile(code, str(DOCUMENT), "exec"), {"__name__": "shrink"})
-    model = tiny_model(shrink=True, shrink_start=0.5)
-    model.run_train_iter(tiny_batch(), 0)
-    assert all(p.grad is not None for p in model.rules["Shrink"].parameters())

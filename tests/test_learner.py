@@ -1,5 +1,7 @@
 """What every learner sees to by itself, however it is made."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from utils import devices
 
 
 def test_a_gradient_learner_on_a_gpu_computes_in_full_float32() -> None:
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for tf32 in (True, False):

@@ -1,0 +1,58 @@
+"""The code in the documents on extending the project runs."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from classification_heads import HEADS, ClassificationHead
+from inner_loop_optimizers import RULES
+from meta_neural_network_architectures import BACKBONES
+from preprocess.preprocess import prepare
+from tests.test_few_shot_learning_system import tiny_batch, tiny_model
+from utils import names
+from utils.options import parse_args
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def run_code(document: str, monkeypatch: pytest.MonkeyPatch, module: str = "of_a_document") -> list[types.ModuleType]:
+    """Run each Python block of a document as a module of its own."""
+    modules = []
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), re.DOTALL):
+        modules.append(types.ModuleType(module))
+        monkeypatch.setitem(sys.modules, module, modules[-1])
+        exec(compile(code, document, "exec"), vars(modules[-1]))
+    return modules
+
+
+def test_a_method_of_the_document_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "Shrink" not in RULES:
+        run_code("adding_a_method.md", monkeypatch)
+    model = tiny_model(shrink=True, shrink_start=0.5)
+    model.run_train_iter(tiny_batch(), 0)
+    assert all(p.grad is not None and p.grad != 0 for p in model.rules["Shrink"].parameters())
+
+
+def test_a_head_and_a_network_of_the_document_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "Nearest" not in HEADS:
+        run_code("adding_a_head.md", monkeypatch)
+    assert parse_args(["--head", "Nearest", "--nearest_softness", "2"]).learner == "head"
+    support, labels = torch.eye(4).unsqueeze(0), torch.tensor([[0, 1, 0, 1]])
+    logits = ClassificationHead("Nearest")(support + 0.1, support, labels, 2, 2, nearest_softness=2.0)
+    assert torch.equal(logits.argmax(2), labels)
+    assert "OneBlock" in BACKBONES
+    model = tiny_model(backbone="OneBlock", contextual_grad=True, per_step_bn_statistics=True)
+    model.run_train_iter(tiny_batch(), 0)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_data_set_of_the_document_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_code("adding_a_data_set.md", monkeypatch, "preprocess.stripes")
+    monkeypatch.setitem(names.KNOWN, "stripes", names.Known("stripes"))
+    prepare("stripes", tmp_path)
+    assert len(list((tmp_path / "stripes" / "train").iterdir())) == 6
+    assert len(list((tmp_path / "stripes").glob("*/*/*.png"))) == 240
