@@ -2,12 +2,12 @@
 
 Learners with an inner loop: `Conv4` and `ResNet12`, modules that `torch.func.functional_call` runs with other weights
 for every task. Those carry a leading task dimension and tasks ride in the channel dimension: images are
-(n, tasks*C, H, W) and a convolution has one group per task. With one task this is the plain network.
+(n, tasks*C, H, W) and a convolution has one group per task. With one task this is the plain network. (`vmap` over a
+plain network computes the same with 27 to 37 % more operations and in 1.2 times the time, one and two tasks on a CPU.)
 
 Learners with a head: `ProtoNetConv64`, `R2D2Net` and `ResNet12Embedding`, MetaOptNet's networks. All tasks share the
 weights, so these are plain modules: images (n, C, H, W) -> features (n, d), with the official state-dict names. The two
-ResNet-12s are one set of residual blocks; their layers differ, because batch norm per task and step is no module of
-torch's, and torch's own is faster where weights are shared.
+ResNet-12s are one set of residual blocks; only their layers differ, because torch has no batch norm per task and step.
 
 `register_backbone` and `register_embedding` make a network known to --backbone.
 """
