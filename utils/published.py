@@ -105,7 +105,7 @@ def tables(lines: Sequence[Published]) -> str:
     """Return the Markdown tables of README.md: gradient learners, then head learners."""
     gradient, head = ([line for line in lines if line.has_head == has_head] for has_head in (False, True))
     legend = (
-        "† as reported by a secondary source; ‡ unverified, quoted from memory; others: a paper or authors' README."
+        "† as reported by a secondary source; ‡ unverified, quoted from memory; the others: a paper or authors' README."
     )
     return f"{_table('gradient steps, transductive', gradient)}\n{_table('head, inductive', head)}\n{legend}\n"
 
