@@ -18,7 +18,7 @@ ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
 
 
 def dry_run(run: Callable[[Options, torch.device], None], options: Options, device: torch.device) -> None:
-    """Two tiny epochs of all that `run` does, on made-up images: train, validate, save, resume, test, cross-test."""
+    """Call `run` for two tiny epochs on made-up images: train, validate, save, resume, test, cross-test."""
     with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
         folder = distributed.broadcast_text(name)
         tiny = shrink(options, Path(folder))

@@ -174,7 +174,7 @@ def test_every_option_has_a_policy_which_is_applied(purpose: Literal["resume", "
             expected = [] if policy == "ignore" or idle else [(name, policy)]
             assert [(one.name, one.policy) for one in differences(before, now, purpose)] == expected, name
             never_idle |= set() if idle else {name}
-    assert never_idle == {name for name in all_defaults()}
+    assert never_idle == set(all_defaults())
 
 
 def test_an_option_that_an_older_checkpoint_does_not_know_counts_as_its_default() -> None:
@@ -212,7 +212,7 @@ def test_changes_reset_what_they_make_idle() -> None:
 
 
 def test_official_json_keys_are_all_known() -> None:
-    known = {name for name in all_defaults()} | DEAD_KEYS.keys()
+    known = set(all_defaults()) | DEAD_KEYS.keys()
     listed = Path(__file__).resolve().parents[2] / "shared" / "facts" / "official_json_keys.json"
     if not listed.exists():
         pytest.skip("../shared is not here")

@@ -190,16 +190,12 @@ class Options:
     seed: int = fixed(104, "seed of the initial weights", **SEED)
     total_epochs: int = free(100, "epochs; each ends with a validation and a checkpoint", at_least=1, dry_run=2)
     total_iter_per_epoch: int = fixed(500, "training iterations in an epoch", at_least=1, dry_run=1)
-    num_evaluation_tasks: int = fixed(
-        600, "tasks of an evaluation; one task has no confidence interval", at_least=2, dry_run=2
-    )
+    num_evaluation_tasks: int = fixed(600, "tasks to score; one task has no confidence interval", at_least=2, dry_run=2)
     max_models_to_save: int = free(5, "epoch checkpoints kept: the best by validation accuracy", at_least=1)
     save_epoch: int = free(0, "keep the checkpoint of every so many epochs as well; 0: of none", at_least=0)
     top_n_models: int = free(5, "checkpoints whose logits the ensemble test averages", at_least=1)
     continue_from_epoch: str = free(
-        "latest",
-        "latest; from_scratch; or the number of a kept epoch. The last two hold each time the command is given",
-        dry_run="latest",
+        "latest", "latest; from_scratch or a kept epoch's number hold each time the command runs", dry_run="latest"
     )
     evaluate_on_test_set_only: bool = free(False, "no training: meta-test this experiment's checkpoints", dry_run=False)
     test_datasets: str | None = free(None, "data sets to meta-test on, such as CUB,glyphs; default: dataset_name")
@@ -440,10 +436,9 @@ def differences(before: Mapping[str, Any], now: Options, purpose: Literal["resum
     before = all_defaults(before.get("learner", now.learner)) | dict(before)
     found = []
     for name, value in dataclasses.asdict(now).items():
-        declared = declaration(name)
-        policy: Policy = getattr(declared, purpose)
+        policy: Policy = getattr(declaration(name), purpose)
         same = before[name] == value or (name == "dataset_name" and same_dataset(before[name], value))
-        if not same and policy != "ignore" and not unmet(declared.only, now):
+        if not same and policy != "ignore" and not unmet(declaration(name).only, now):
             found.append(Difference(name, before[name], value, policy))
     return found
 
