@@ -21,7 +21,7 @@ from utils.options import Options, add_choice, add_options, declaration, opt, tu
 
 
 @add_options
-class HeadOptions:
+class HeadOptions(Options):
     svm_solver: str = tuned(
         "structured",
         "structured: exact, in float64; qpth: the interior-point package that the paper used, in float32",
