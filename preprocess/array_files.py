@@ -1,7 +1,7 @@
 """Data sets that come as arrays: pickles and npz files of pixels or of PNGs, with labels.
 
-Each function here yields the pictures of one split. Files are read as views or in chunks, so memory stays flat
-up to tieredImageNet's 9.5 GB.
+Each reader here yields the pictures of one split. Files are read as views or in chunks, so memory stays flat up to
+tieredImageNet's 9.5 GB.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from preprocess.archives import open_zip
 from preprocess.pickles import read_pickle, release
-from preprocess.sources import Source, of_pictures
+from preprocess.sources import Source
 from preprocess.staging import SPLITS
 from preprocess.writing import Picture
 from utils.errors import UserError
@@ -24,27 +24,23 @@ MAX_SIDE = 1024  # pixels
 MAX_LABEL = 2**31
 NAMED = 5  # entries of a dict that an error names
 RELEASE_EVERY = 1000  # images
-Reader = Callable[[list[Path], str], Iterator[Picture]]  # the files of a split, its name
+Reader = Callable[..., Iterator[Picture]]  # of the name of a split and its files
 
 
-def source(name: str, files: dict[str, list[str]], read: Reader, origin: str, total: int) -> Source:
-    """Return a source of which each split has `files` of its own."""
+def source(origin: str, read: Reader, *patterns: str, train: str = "train") -> Source:
+    """Return a source with files of its own for each split; the split's name, or `train`, takes the place of {}."""
+    words = {"train": train, "val": "val", "test": "test"}
+    files = {split: [pattern.format(words[split]) for pattern in patterns] for split in SPLITS}
 
     def pictures(folder: Path) -> Iterator[Picture]:
         for split in SPLITS:
-            yield from read([folder / file for file in files[split]], split)
+            yield from read(split, *(folder / file for file in files[split]))
 
-    return of_pictures(name, [file for split in SPLITS for file in files[split]], origin, pictures, total)
-
-
-def each_split(*patterns: str) -> dict[str, list[str]]:
-    """Return the files of each split, whose name takes the place of {}."""
-    return {split: [pattern.format(split) for pattern in patterns] for split in SPLITS}
+    return Source(tuple(file for split in SPLITS for file in files[split]), origin, pictures)
 
 
-def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def data_and_labels(split: str, path: Path) -> Iterator[Picture]:
     """Read MetaOptNet's pickles: 'data' (N, H, W, 3) and 'labels', ids that differ between splits; perhaps names."""
-    (path,) = paths
     content = _entries(path, "data", "labels")
     images, labels = _pixels(content["data"], path), _ids(content["labels"], path)
     names = content.get("catname2label")
@@ -54,9 +50,8 @@ def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
     yield from _pictures(split, images, [name_of.get(label, f"class_{label:03d}") for label in labels])
 
 
-def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture]:
+def image_data_and_class_dict(split: str, path: Path) -> Iterator[Picture]:
     """Read mini-imagenet-cache: 'image_data' (N, H, W, 3) and 'class_dict', class name -> places in it."""
-    (path,) = paths
     content = _entries(path, "image_data", "class_dict")
     images = _pixels(content["image_data"], path)
     if not isinstance(content["class_dict"], dict):
@@ -69,16 +64,14 @@ def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture
     yield from _pictures(split, images, [name for _, name in class_of])
 
 
-def npz_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def npz_and_labels(split: str, npz: Path, labels: Path) -> Iterator[Picture]:
     """Read tieredImageNet as MetaOptNet has it: 'images' in an npz, labels in a pickle."""
-    npz, labels = paths
     class_names = _tiered_labels(labels, split)
     yield from _pictures(split, _npz_rows(npz, "images", len(class_names)), class_names)
 
 
-def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def pngs_and_labels(split: str, path: Path, labels: Path) -> Iterator[Picture]:
     """Read tieredImageNet as Ren et al. have it: a list of PNG files, labels in a second pickle."""
-    path, labels = paths
     class_names, pngs = _tiered_labels(labels, split), read_pickle(path)
     if not isinstance(pngs, list):
         raise UserError(f"{path} holds a {type(pngs).__name__}, not a list of PNG files")
@@ -91,7 +84,7 @@ def _pictures(
 ) -> Iterator[Picture]:
     """Yield pictures of pixels, (H, W, 3), or of PNG files."""
     for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
-        if index % RELEASE_EVERY == 0 and not isinstance(image, bytes):
+        if index % RELEASE_EVERY == 0:
             release(image)
         content = bytes(image) if isinstance(image, memoryview) else image
         yield Picture(split, class_name, f"{index:06d}.png", content)
@@ -112,17 +105,12 @@ def _tiered_labels(path: Path, split: str) -> list[str]:
     words = words.tolist() if isinstance(words, np.ndarray) else words
     if not isinstance(words, list):
         raise _unexpected(path, f"a {type(words).__name__} of class names")
-    names = {
-        label: _plain_name(split, label, _text(words[label], path) if label < len(words) else "")
-        for label in set(labels)
-    }
+    names: dict[int, str] = {}
+    for label in set(labels):
+        word = re.sub(r"\W+", "_", _text(words[label], path) if label < len(words) else "")[:60]
+        is_id = re.fullmatch(r"n\d{8}", word)  # of ImageNet; two classes may be called by the same other words
+        names[label] = word if is_id else f"{split}_{label:03d}_{word}".rstrip("_")
     return [names[label] for label in labels]
-
-
-def _plain_name(split: str, label: int, words: str) -> str:
-    """Return an ImageNet id as it is, other words after a number: two classes may be called the same."""
-    word = re.sub(r"\W+", "_", words)[:60]
-    return word if re.fullmatch(r"n\d{8}", word) else f"{split}_{label:03d}_{word}".rstrip("_")
 
 
 def _entries(path: Path, *keys: str) -> dict[Any, Any]:
