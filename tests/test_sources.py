@@ -782,9 +782,12 @@ def test_a_file_of_pixels_or_pngs_is_read_with_little_memory(tmp_path: Path, mon
     dump(tmp_path / "bytes", [image.tobytes() for image in images])
     dump(tmp_path / "rows", [image.reshape(-1) for image in images])
     before = mapped()
-    paths = [tmp_path / "bytes", tmp_path / "labels"], [tmp_path / "rows", tmp_path / "labels"]
-    readers = [array_files.data_and_labels("train", tmp_path / "pixels")]
-    for pictures in readers + [array_files.pngs_and_labels("train", *pair) for pair in paths]:
+    readers: list[tuple[array_files.Reader, list[str]]] = [
+        (array_files.data_and_labels, ["pixels"]),
+        (array_files.pngs_and_labels, ["bytes", "labels"]), (array_files.pngs_and_labels, ["rows", "labels"]),
+    ]  # fmt: skip
+    for read, files in readers:
+        pictures = array_files.pictures(read, "train", *(tmp_path / file for file in files))
         most = max(mapped() for picture in pictures if np.max(np.frombuffer(picture.content, np.uint8)) == 7)  # type: ignore
         assert most - before < 30_000
 
@@ -859,7 +862,7 @@ def test_an_npz_of_another_format_version_is_named(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / f"{split}_images.npz", "w") as archive, archive.open("images.npy", "w") as out:
             np.lib.format.write_array(out, arrays(split)[0], version=(2, 0))
     tiered_labels(tmp_path, "labels")
-    with pytest.raises(UserError, match=r"train_images\.npz is damaged \(an array of format \(2, 0\)\)"):
+    with pytest.raises(UserError, match=r"train_images\.npz is damaged .*\(an array of format \(2, 0\)\)"):
         prepare("tiered_imagenet", tmp_path)
 
 
@@ -869,7 +872,9 @@ def test_an_npz_whose_header_claims_more_than_it_holds_is_an_error(tmp_path: Pat
     tiered_labels(tmp_path, "labels")
     with zipfile.ZipFile(tmp_path / "val_images.npz", "w") as archive, archive.open("images.npy", "w") as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": (8, 900, 900, 3)})
-    with pytest.raises(UserError, match=r"val_images\.npz ends too early"):
+    with pytest.raises(
+        UserError, match=r"val_images\.npz is damaged .*'images' has fewer than the 8 images"
+    ):
         prepare("tiered_imagenet", tmp_path)
 
 
