@@ -301,6 +301,7 @@ class _ClassWeights(torch.autograd.Function):
         points[:, n:] = centre = support.mean(1, keepdim=True)
         torch.sub(support, centre, out=points[:, :n])
         kernel = _with_last(_with_last((points @ points.mT).double()).mT)
+        kernel = (kernel + kernel.mT) / 2  # float32 products need not be symmetric to the last digit
         problem = crammer_singer(kernel, one_hot, C_reg)
         state = search(problem)
         weights = _and_sum(state.x, points) @ points  # (tasks, way, d)
