@@ -28,16 +28,16 @@ ROUNDING = 1e-5  # part of the terms of H x below which a gradient cannot be tol
 SINGULAR = 1e-10  # added to a box problem's Hessian, relative to its diagonal; refinement takes its effect out again
 
 
-class QPSolution(NamedTuple):
+class Solution(NamedTuple):
     """A batch of solved problems.
 
     `residual` is the largest violation of the optimality conditions relative to the problem's own size: for a solved
     task below 1e-10 while the kernel's entries are below 1e5, up to 1e-7 where they reach 1e8; inf for a kernel that is
-    not finite. The dual of the latter is 0 and so is its gradient: a lost task spoils nobody else's numbers, and the
-    caller has to look at the residual.
+    not finite. The solution of the latter is 0 and so is its gradient: a lost task spoils nobody else's numbers, and
+    the caller has to look at the residual.
     """
 
-    dual: Tensor  # (tasks, n, way), or (tasks, n) for one variable per support point
+    x: Tensor  # (tasks, blocks, n)
     residual: Tensor  # (tasks,)
 
 
@@ -58,39 +58,31 @@ class Problem(NamedTuple):
 # --- the problems of the heads -------------------------------------------------------------------------------------
 
 
-def solve_crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float = 0.1) -> QPSolution:
-    """Minimise 1/2 tr(A'(K + I)A) - sum_i A[i, y_i] over A (n, way) with A 1 = 0 and A <= C * one_hot.
+def crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float) -> Problem:
+    """Minimise 1/2 tr(A'(K + I)A) - sum_i A[i, y_i] over A (n, way) with A 1 = 0 and A <= C * one_hot; x is A'.
 
-    The dual of Crammer and Singer 2001 as MetaOptNet states it; the identity is part of the objective. Differentiable
-    with respect to `kernel`, once.
+    The dual of Crammer and Singer 2001 as MetaOptNet states it; the identity is part of the objective.
 
     Args:
         kernel: (tasks, n, n), symmetric and positive semi-definite, of any float type.
         one_hot: (tasks, n, way), the class of each support point; shots may differ.
     """
-    dual, residual = _Solve.apply(kernel.double(), crammer_singer(kernel.detach(), one_hot, C_reg))
-    return QPSolution(dual.mT, residual)
-
-
-def crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float) -> Problem:
-    target = one_hot.mT.double().contiguous()  # (tasks, way, n): class-major inside, each class a block
+    target = one_hot.mT.double().contiguous()  # (tasks, way, n): each class a block
     unbounded = torch.full_like(target, -torch.inf)
     return Problem(_add_diagonal(kernel.double(), 1.0), target, unbounded, C_reg * target, rows_sum_to_zero=True)
 
 
-def solve_box(hessian: Tensor, linear: Tensor, upper: Tensor) -> QPSolution:
-    """Minimise 1/2 x'Hx - linear'x over 0 <= x <= upper, H positive semi-definite and possibly singular.
+def box(hessian: Tensor, linear: float, upper: Tensor) -> Problem:
+    """Minimise 1/2 x'Hx - linear * sum x over 0 <= x <= upper, with one block.
 
-    Differentiable with respect to `hessian`, once. Where H is singular x need not be unique; H x is.
+    Where H is singular x need not be unique; H x is.
 
     Args:
-        hessian: (tasks, n, n), symmetric, of any float type.
-        linear, upper: (tasks, n); an entry with an upper bound of 0 stays 0.
+        hessian: (tasks, n, n), symmetric and positive semi-definite, of any float type.
+        upper: (tasks, n); an entry with an upper bound of 0 stays 0.
     """
-    target, high = linear.double().unsqueeze(1), upper.double().unsqueeze(1)
-    problem = Problem(hessian.detach().double(), target, torch.zeros_like(high), high, rows_sum_to_zero=False)
-    dual, residual = _Solve.apply(hessian.double(), problem)
-    return QPSolution(dual.squeeze(1), residual)
+    upper = upper.double().unsqueeze(1)
+    return Problem(hessian.double(), torch.full_like(upper, linear), torch.zeros_like(upper), upper, False)
 
 
 def _add_diagonal(matrices: Tensor, value: float) -> Tensor:
@@ -99,7 +91,7 @@ def _add_diagonal(matrices: Tensor, value: float) -> Tensor:
 
 def solve_crammer_singer_qpth(
     kernel: Tensor, one_hot: Tensor, C_reg: float = 0.1, max_iter: int = 15, double: bool = False
-) -> QPSolution:
+) -> Solution:
     """The same problem by the qpth package, dense over all n * way variables, as the paper's program calls it.
 
     Args:
@@ -127,13 +119,16 @@ def solve_crammer_singer_qpth(
         if "SPD" not in str(error):
             raise
         dual = torch.full_like(target, torch.nan)
-    dual = dual.view(tasks, n, way)
-    return QPSolution(dual, kkt_residual(crammer_singer(kernel.detach(), one_hot, C_reg), dual.detach().mT.double()))
+    x = dual.view(tasks, n, way).mT
+    return Solution(x, kkt_residual(crammer_singer(kernel.detach(), one_hot, C_reg), x.detach().double()))
+
+
+def solve(problem: Problem) -> Solution:
+    """The solution, differentiable with respect to the Hessian, once."""
+    return Solution(*_Solve.apply(problem.hessian, problem._replace(hessian=problem.hessian.detach())))
 
 
 class _Solve(torch.autograd.Function):
-    """Solution and residual of a problem, differentiable with respect to its Hessian."""
-
     @staticmethod
     def forward(ctx: Any, _: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
         state = search(problem)
@@ -293,7 +288,7 @@ def search(problem: Problem) -> State:
         return state
     found = (state.x, state.residual, *state.factors)
     lost = (state.residual > ACCEPTED).nonzero().squeeze(1)
-    part = Problem(*(t[lost] for t in problem[:4]), problem.rows_sum_to_zero)
+    part = problem._replace(**{name: getattr(problem, name)[lost] for name in problem._fields[:4]})
     others = active_set(part, interior_point(part))
     better = others.residual < state.residual[lost]
     for old, new in zip(found, (others.x, others.residual, *others.factors), strict=True):
@@ -336,7 +331,8 @@ def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
     excess, push = start, torch.zeros_like(start)  # of x over its bounds; the multipliers in units of x
     for _ in range(GUESSING_STEPS):
         push = (push + excess).clamp_min(0)
-        excess = torch.baddbmm(start, push - push.mean(1, keepdim=True), steps, alpha=-1)
+        centred = torch.sub(push, push.sum(1, keepdim=True), alpha=1 / push.shape[1])
+        excess = torch.baddbmm(start, centred, steps, alpha=-1)
     return next_sides(problem, excess + problem.upper, push)
 
 
