@@ -296,12 +296,12 @@ class _ClassWeights(torch.autograd.Function):
         kernel = _with_last(_with_last((points @ points.mT).double()).mT)
         kernel = (kernel + kernel.mT) / 2  # float32 products need not be symmetric to the last digit
         problem = crammer_singer(kernel, one_hot, C_reg)
-        state = search(problem)
-        weights = _and_sum(state.x, points) @ points  # (tasks, way, d)
+        (x, residual), factors = search(problem)
+        weights = _and_sum(x, points) @ points  # (tasks, way, d)
         ctx.problem = problem
-        ctx.save_for_backward(points, weights, state.x, *state.factors)
-        ctx.mark_non_differentiable(state.residual)
-        return weights, state.residual
+        ctx.save_for_backward(points, weights, x, *factors)
+        ctx.mark_non_differentiable(residual)
+        return weights, residual
 
     @staticmethod
     @once_differentiable

@@ -131,11 +131,11 @@ def solve(problem: Problem) -> Solution:
 class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-        state = search(problem)
+        (x, residual), factors = search(problem)
         ctx.problem = problem
-        ctx.save_for_backward(state.x, *state.factors)
-        ctx.mark_non_differentiable(state.residual)
-        return state.x, state.residual
+        ctx.save_for_backward(x, *factors)
+        ctx.mark_non_differentiable(residual)
+        return x, residual
 
     @staticmethod
     @once_differentiable
@@ -267,39 +267,30 @@ def _size(x: Tensor) -> Tensor:
 # --- search --------------------------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """A candidate solution of each task, with what backward needs."""
-
-    x: Tensor  # (tasks, blocks, n)
-    residual: Tensor  # (tasks,)
-    factors: Factors
-
-
 def look(*values: Tensor) -> list[float]:
     """Read numbers from the device: on a GPU the one place where the host waits for it."""
     found: list[float] = torch.stack(values).tolist()
     return found
 
 
-def search(problem: Problem) -> State:
-    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was."""
-    state = active_set(problem)
-    if look(state.residual.amax())[0] <= ACCEPTED:
-        return state
-    found = (state.x, state.residual, *state.factors)
-    lost = (state.residual > ACCEPTED).nonzero().squeeze(1)
+def search(problem: Problem) -> tuple[Solution, Factors]:
+    """Each task's solution as far as it was found, x = 0 and nothing free where nothing finite was, and its system."""
+    solution, factors = active_set(problem)
+    if look(solution.residual.amax())[0] <= ACCEPTED:
+        return solution, factors
+    lost = (solution.residual > ACCEPTED).nonzero().squeeze(1)
     part = problem._replace(**{name: getattr(problem, name)[lost] for name in problem._fields[:4]})
-    others = active_set(part, interior_point(part))
-    better = others.residual < state.residual[lost]
-    for old, new in zip(found, (others.x, others.residual, *others.factors), strict=True):
+    others, other_factors = active_set(part, interior_point(part))
+    better = others.residual < solution.residual[lost]
+    for old, new in zip((*solution, *factors), (*others, *other_factors), strict=True):
         old[lost[better]] = new[better]
-    gone = state.residual.isinf()
-    for tensor, harmless in zip((state.x, *state.factors), (0, 0, 0, 1), strict=True):
+    gone = solution.residual.isinf()
+    for tensor, harmless in zip((solution.x, *factors), (0, 0, 0, 1), strict=True):
         tensor[gone] = harmless
-    return state
+    return solution, factors
 
 
-def active_set(problem: Problem, side: Tensor | None = None) -> State:
+def active_set(problem: Problem, side: Tensor | None = None) -> tuple[Solution, Factors]:
     """The state after at most `ROUNDS` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
 
     A finished task repeats its last round, so that a round is one batch. Without `side` it starts from a guess.
@@ -321,7 +312,7 @@ def active_set(problem: Problem, side: Tensor | None = None) -> State:
             side, size = following, following_size
         else:
             break
-    return State(x, kkt_residual(problem, x), factors)
+    return Solution(x, kkt_residual(problem, x)), factors
 
 
 def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
