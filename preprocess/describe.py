@@ -32,8 +32,8 @@ SHOWN = 5  # of duplicates and of unreadable files
 SIZES_SHOWN = 3  # a split with more different image sizes gets their range
 
 
-def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[str, Path]:
-    """Return the description, and where the contact sheet is: `output`, or NAME_contact_sheet.png in this folder.
+def describe(name: str, dataset_dir: Path, output: Path | None = None) -> str:
+    """Return the description; the contact sheet goes to `output`, or to NAME_contact_sheet.png in this folder.
 
     A built-in data set that is missing is made. UserError for any other, for one that is incomplete, for a class
     without images, and for an `output` that is not a PNG file or cannot be written.
@@ -54,7 +54,7 @@ def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[
         raise UserError(f"cannot write {output}: {error.strerror}. Choose another place with --output") from error
     what = [f"{folder.name} in {folder}", published_note(folder)]
     sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
-    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
+    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"])
 
 
 def table(splits: Mapping[str, Pictures]) -> str:
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Names of files need not be valid Unicode.
     return entry.run(
-        lambda: print(describe(options.name, options.dataset_dir, options.output)[0].encode(errors="replace").decode())
+        lambda: print(describe(options.name, options.dataset_dir, options.output).encode(errors="replace").decode())
     )
 
 
