@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qp_solvers import Factors, adjoint, box, crammer_singer, search, solve, solve_crammer_singer_qpth
 from utils.errors import UserError
-from utils.options import Options, add_choice, add_options, declaration, opt, tuned, unknown_name
+from utils.options import Options, add_choice, add_options, check_names, declaration, opt, tuned
 
 
 @add_options
@@ -153,10 +153,9 @@ def _check_shapes(query: Tensor, support: Tensor, labels: Tensor) -> None:
 
 
 def _options_of(learner: Callable[..., Scores], options: dict[str, Any]) -> dict[str, Any]:
-    """The given options that `learner` takes."""
+    """Return those of the options that `learner` takes."""
     known = {name for head in HEADS.values() for name in _option_names(head)}
-    for name in options.keys() - known:
-        raise UserError(f"{unknown_name(name, known)} (heads have {', '.join(sorted(known))})")
+    check_names(options, known, f"heads have {', '.join(sorted(known))}: ")
     return {n: options[n] for n in _option_names(learner) if options.get(n) is not None}
 
 
