@@ -1,4 +1,4 @@
-"""What a data set holds: numbers, pictures that are there twice, a contact sheet.
+"""Describes a data set: numbers, pictures that are there twice, a contact sheet.
 
 python preprocess/describe.py CIFAR_FS
 
