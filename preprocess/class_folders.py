@@ -1,4 +1,4 @@
-"""A data set from a user's own images: class folders split at random, or any images and CSV files that split them.
+"""A user's own images become a data set: class folders split at random, or images that CSV files split.
 
 The images are copied, so the data set stays whole whatever becomes of the originals, and those are never changed.
 """

@@ -1,4 +1,4 @@
-"""The built-in data sets glyphs and glyphs_colour: characters drawn from the fonts that ship with matplotlib.
+"""The built-in data sets glyphs and glyphs_colour are characters drawn from the fonts that ship with matplotlib.
 
 Train on Latin letters and symbols, validate on Cyrillic and Greek, test on Armenian and Georgian: unseen
 scripts. A picture is a function of data set, character and index alone: the same on every run.

@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al., 2015): 1623 characters of 50 alphabets, each a class of 20 drawings.
+"""Omniglot (Lake et al., 2015) has 1623 characters of 50 alphabets, each a class of 20 drawings.
 
 28x28, one channel, dark ink (0) on light paper (255) as in the originals. The split has MAML++'s sizes; which
 characters its authors drew is not published, so it is a seeded draw of our own.

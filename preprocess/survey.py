@@ -1,4 +1,4 @@
-"""What the pictures of a data set are like, from one pass over its files; pictures that are in it twice.
+"""This module measures the pictures of a data set, in one pass over its files, and finds those that are in it twice.
 
 About 400 bytes are kept of a picture: 0.3 GB for tieredImageNet's 780,000. Every picture of a split is compared with
 every one of the other splits, 0.2 billion pairs per second on one core: 5 s for CIFAR-FS, about 15 minutes for those.
