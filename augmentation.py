@@ -59,7 +59,9 @@ def augment(
     """
     order = np.lexsort((draws.flips, draws.orders))
     draws = draws.take(order)
-    first = _first_pixels(order, draws.corners, pixels.shape, padding)
+    # The number of each crop's first pixel among the pixels of all images, padded as `_crop` does.
+    height, width = (side + 2 * padding for side in pixels.shape[1:3])
+    first = (order * (height + 1) + draws.corners[:, 0]) * width + draws.corners[:, 1]
     table = send(np.column_stack([np.argsort(order), first, draws.factors]))  # float64: exact to 2**53
     (places, first_pixels), factors = table[:, :2].long().unbind(1), table[:, 2:].float()[..., None, None, None]
 
@@ -72,12 +74,6 @@ def augment(
         flipped = group[plain:]
         flipped.copy_(flipped.flip(-1))
     return images.index_select(0, places)
-
-
-def _first_pixels(images: np.ndarray, corners: np.ndarray, shape: torch.Size, padding: int) -> np.ndarray:
-    """Return the number of each crop's first pixel among the pixels of all images, padded as `_crop` does."""
-    _, height, width, _ = shape
-    return (images * (height + 2 * padding + 1) + corners[:, 0]) * (width + 2 * padding) + corners[:, 1]
 
 
 def _crop(pixels: torch.Tensor, first_pixels: torch.Tensor, padding: int) -> torch.Tensor:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qp_solvers import Factors, adjoint, crammer_singer, search, solve_box, solve_crammer_singer_qpth
+from qp_solvers import Factors, adjoint, box, crammer_singer, search, solve, solve_crammer_singer_qpth
 from utils.errors import UserError
 from utils.options import Options, add_choice, add_options, declaration, opt, tuned
 
 
 @add_options
-class HeadOptions:
+class HeadOptions(Options):
     svm_solver: str = tuned(
         "structured",
         "structured: exact, in float64; qpth: the interior-point package that the paper used, in float32",
@@ -62,7 +62,7 @@ class Scores(NamedTuple):
     """Logits of a batch of episodes, and how well the problem behind them was solved."""
 
     logits: Tensor  # (tasks, n_query, n_way)
-    residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.QPSolution); 0 for closed forms
+    residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.Solution); 0 for closed forms
 
 
 HEADS: dict[str, Callable[..., Scores]] = {}
@@ -78,7 +78,7 @@ def register(name: str, *aliases: str) -> Callable[[Callable[..., Scores]], Call
         HEADS[name] = learner
         add_choice("head", name, aliases=aliases)
         affected = [OPTION_OF.get(parameter, parameter) for parameter in _option_names(learner)]
-        affected += ["svm_on_failure"] if "svm_solver" in affected else []
+        affected += ["svm_on_failure"] if "C_reg" in affected else []
         for option in set(affected) & {"C_reg", "lambda_reg", "svm_on_failure"}:
             declaration(option).only["head"] += (name,)
         return learner
@@ -135,9 +135,10 @@ class ClassificationHead(nn.Module):
         _check_shapes(query, support, support_labels)
         learner = HEADS[self.base_learner]
         with torch.autocast(query.device.type, enabled=False):
-            episode = episode_of(query, support, one_hot_of_ranks(support_labels, n_way))
-            scores = learner(episode, **_options_of(learner, options))
             dtype = torch.promote_types(torch.promote_types(query.dtype, support.dtype), torch.float32)
+            wide = dtype if query.device.type == "cpu" else torch.float64  # elsewhere float32 may mean TF32
+            episode = Episode(query.to(wide), support.to(wide), one_hot_of_ranks(support_labels, n_way))
+            scores = learner(episode, **_options_of(learner, options))
             return scores._replace(logits=scores.logits.to(dtype) * self.scale)
 
 
@@ -197,11 +198,11 @@ class Episode(NamedTuple):
         return support @ support.mT
 
     def decide(self, coefficients: Tensor) -> Tensor:
-        """Logits K(query, support) coefficients, (tasks, n_query, way), by way of the classes' weights X' coefficients.
+        """Logits (tasks, n_query, way), K(query, support) times `coefficients` (tasks, way, n) of the support points.
 
-        That is (n_query + n) * d * way products, not n_query * n * d.
+        By way of the classes' weights these are (n_query + n) * d * way products, not n_query * n * d.
         """
-        return _Products.apply(self.query, coefficients.mT.to(self.support.dtype) @ self.support)
+        return _Products.apply(self.query, coefficients.to(self.support.dtype) @ self.support)
 
 
 class _Products(torch.autograd.Function):
@@ -218,13 +219,6 @@ class _Products(torch.autograd.Function):
         return gradient @ right, gradient.mT @ left
 
 
-def episode_of(query: Tensor, support: Tensor, one_hot: Tensor) -> Episode:
-    """The episode in float32 or, for float64 embeddings and on devices where float32 may mean TF32, in float64."""
-    wide = torch.float64 in (query.dtype, support.dtype) or query.device.type != "cpu"
-    dtype = torch.float64 if wide else torch.float32
-    return Episode(query.to(dtype), support.to(dtype), one_hot)
-
-
 # --- closed forms --------------------------------------------------------------------------------------------------
 
 
@@ -233,16 +227,9 @@ def proto_net(episode: Episode, normalize: bool = True) -> Scores:
     """Minus the squared distance to each class's mean (Snell et al. 2017), divided by d if `normalize`."""
     query, support, one_hot = episode.double()
     means = one_hot.mT @ support / one_hot.sum(1).unsqueeze(2)  # (tasks, way, d)
-    distances = _squares(query) - 2 * query @ means.mT + _squares(means).mT
-    return Scores(-distances / (query.shape[2] if normalize else 1), _exact(distances))
-
-
-def _squares(points: Tensor) -> Tensor:
-    return points.square().sum(2, keepdim=True)
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits.new_zeros(len(logits))
+    lengths = query.square().sum(2, keepdim=True) + means.square().sum(2).unsqueeze(1)
+    distances = lengths - 2 * query @ means.mT
+    return Scores(-distances / (query.shape[2] if normalize else 1), distances.new_zeros(len(distances)))
 
 
 @register("R2D2")
@@ -252,7 +239,7 @@ def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
     kernel = episode.kernel()
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     dual = torch.cholesky_solve(episode.one_hot, torch.linalg.cholesky_ex(kernel + lambda_reg * eye).L)
-    return Scores(episode.decide(dual), _exact(dual))
+    return Scores(episode.decide(dual.mT), dual.new_zeros(len(dual)))
 
 
 @register("Ridge")
@@ -277,8 +264,14 @@ def svm_cs(
     if solver == "qpth":
         support, one_hot = episode.support.double() if double_precision else episode.support, episode.one_hot
         solution = solve_crammer_singer_qpth(support @ support.mT, one_hot, C_reg, max_iter or 15, double_precision)
-        return Scores(episode.decide(solution.dual), solution.residual)
-    _require_structured(solver, max_iter)
+        return Scores(episode.decide(solution.x), solution.residual)
+    if solver != "structured":
+        raise UserError(f"there is no solver {solver!r}: SVM-CS has structured and qpth.")
+    if max_iter is not None:
+        raise UserError(
+            "max_iter stops qpth early; the structured solver always goes to the solution. "
+            "Leave --svm_max_iter out, or choose --svm_solver qpth."
+        )
     weights, residual = _ClassWeights.apply(episode.support, episode.one_hot, C_reg)
     return Scores(_Products.apply(episode.query, weights), residual)
 
@@ -299,13 +292,14 @@ class _ClassWeights(torch.autograd.Function):
         points[:, n:] = centre = support.mean(1, keepdim=True)
         torch.sub(support, centre, out=points[:, :n])
         kernel = _with_last(_with_last((points @ points.mT).double()).mT)
+        kernel = (kernel + kernel.mT) / 2  # float32 products need not be symmetric to the last digit
         problem = crammer_singer(kernel, one_hot, C_reg)
-        state = search(problem)
-        weights = _and_sum(state.x, points) @ points  # (tasks, way, d)
+        (x, residual), factors = search(problem)
+        weights = _and_sum(x, points) @ points  # (tasks, way, d)
         ctx.problem = problem
-        ctx.save_for_backward(points, weights, state.x, *state.factors)
-        ctx.mark_non_differentiable(state.residual)
-        return weights, state.residual
+        ctx.save_for_backward(points, weights, x, *factors)
+        ctx.mark_non_differentiable(residual)
+        return weights, residual
 
     @staticmethod
     @once_differentiable
@@ -327,43 +321,28 @@ def _and_sum(coefficients: Tensor, points: Tensor) -> Tensor:
     return torch.cat([coefficients, coefficients.sum(2, keepdim=True)], 2).to(points.dtype)
 
 
-def _require_structured(solver: str, max_iter: int | None = None) -> None:
-    if solver != "structured":
-        raise UserError(
-            f"there is no solver {solver!r} for this head: SVM-CS has structured and qpth, others structured."
-        )
-    if max_iter is not None:
-        raise UserError(
-            "max_iter stops qpth early; the structured solver always goes to the solution. "
-            "Leave --svm_max_iter out, or choose --svm_solver qpth."
-        )
-
-
 @register("SVM-He")
-def svm_he(episode: Episode, C_reg: float = 0.01, solver: str = "structured") -> Scores:
+def svm_he(episode: Episode, C_reg: float = 0.01) -> Scores:
     """Multi-class SVM of He et al. 2012 with one variable per support point.
 
     Codes V_i = (way y_i - 1) / (way - 1); minimise 1/2 a'(K o V V')a - sum a over 0 <= a <= C. A class's logit sums
     a_i K(query, i) over its own support points.
     """
-    _require_structured(solver)
     episode = episode.double()
     one_hot = episode.one_hot
     way = one_hot.shape[2]
     codes = (way * one_hot - 1) / (way - 1)
-    ones = torch.ones_like(one_hot[:, :, 0])
-    solution = solve_box(episode.kernel() * (codes @ codes.mT), ones, C_reg * ones)
-    return Scores(episode.decide(solution.dual.unsqueeze(2) * one_hot), solution.residual)
+    solution = solve(box(episode.kernel() * (codes @ codes.mT), 1.0, torch.full_like(one_hot[:, :, 0], C_reg)))
+    return Scores(episode.decide(solution.x * one_hot.mT), solution.residual)
 
 
 @register("SVM-WW")
-def svm_ww(episode: Episode, C_reg: float = 1e-5, solver: str = "structured") -> Scores:
+def svm_ww(episode: Episode, C_reg: float = 1e-5) -> Scores:
     """Multi-class SVM of Weston and Watkins 1999, with a bias in the kernel (K + 1).
 
     Point i pushes class m != y_i away by a[i, m] in [0, C] and attracts its own class by their sum, so that the
     coefficients of the classes are B = y o (a 1) - a; minimise 1/2 tr(B'(K + 1)B) - 2 sum a.
     """
-    _require_structured(solver)
     episode = episode.double()
     one_hot = episode.one_hot
     tasks, n, way = one_hot.shape
@@ -374,7 +353,7 @@ def svm_ww(episode: Episode, C_reg: float = 1e-5, solver: str = "structured") ->
     meeting = same - one_hot[:, None, :, :, None] - own[:, :, None, None, :] + eye
     kernel = episode.kernel() + 1
     hessian = (meeting * kernel[:, None, :, None, :]).reshape(tasks, way * n, way * n)
-    solution = solve_box(hessian, torch.full_like(hessian[:, 0], 2.0), C_reg * (1 - own).flatten(1))
-    dual = solution.dual.view(tasks, way, n).mT
-    coefficients = one_hot * dual.sum(2, keepdim=True) - dual  # (tasks, n, way)
-    return Scores(episode.decide(coefficients) + coefficients.sum(1, keepdim=True), solution.residual)
+    solution = solve(box(hessian, 2.0, C_reg * (1 - own).flatten(1)))
+    pushes = solution.x.view(tasks, way, n)
+    coefficients = own * pushes.sum(1, keepdim=True) - pushes
+    return Scores(episode.decide(coefficients) + coefficients.sum(2).unsqueeze(1), solution.residual)

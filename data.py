@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from augmentation import Draws, augment, crop_padding, draw
+from augmentation import augment, crop_padding, draw
 from utils import distributed
 from utils.errors import UserError
 from utils.image_cache import Split, open_split
@@ -102,10 +102,7 @@ class Episodes:
     def batch(self, first_task: int, tasks: int) -> Batch:
         """Return tasks first_task .. first_task + tasks - 1 without waiting for the device."""
         drawn = [self._draw(first_task + i) for i in range(tasks)]
-        rows = np.stack([self._rows(task) for task in drawn])  # (tasks, way, shot + query)
-        places = np.arange(rows.size).reshape(rows.shape)
-        places = np.concatenate([places[:, :, : self.shot].ravel(), places[:, :, self.shot :].ravel()])
-        images = self._images(rows.ravel()[places], self._augmentations(first_task, tasks, places))
+        images = self._images(np.stack([self._rows(task) for task in drawn]), first_task)
         supports = tasks * self.way * self.shot
         x_support = images[:supports].view(tasks, self.way, self.shot, *images.shape[1:])
         x_target = images[supports:].view(tasks, self.way, self.query, *images.shape[1:])
@@ -121,22 +118,24 @@ class Episodes:
     def _rows(self, task: Task) -> np.ndarray:
         return self.split.class_starts[task.classes, None] + task.positions
 
-    def _augmentations(self, first_task: int, tasks: int, places: np.ndarray) -> Draws | None:
-        """Draw what chance does to the images at some places: a function of the tasks' seeds, like the tasks."""
-        if self.augment_padding is None:
-            return None
-        seeds = range(self.first_seed + first_task, self.first_seed + first_task + tasks)
-        return draw(seeds, len(places) // tasks, self.augment_padding).take(places)
+    def _images(self, rows: np.ndarray, first_task: int) -> torch.Tensor:
+        """Return the images (n, C, H, W) of tasks' rows (tasks, way, shot + query): all supports, then all queries.
 
-    def _images(self, rows: np.ndarray, draws: Draws | None) -> torch.Tensor:
-        """Return (n, C, H, W) from n rows; only their numbers travel if the split is on the device."""
+        Only the rows' numbers travel if the split is on the device. What augmentation draws is a function of the
+        tasks' seeds, like the tasks.
+        """
+        places = np.arange(rows.size).reshape(rows.shape)
+        places = np.concatenate([places[:, :, : self.shot].ravel(), places[:, :, self.shot :].ravel()])
+        wanted = rows.ravel()[places]
         if self._resident is not None:
-            pixels = self._resident.index_select(0, self._send(rows))
+            pixels = self._resident.index_select(0, self._send(wanted))
         else:
-            pixels = self._send(self._host[rows])
-        if draws is None or self.augment_padding is None:
+            pixels = self._send(self._host[wanted])
+        if self.augment_padding is None:
             images = pixels.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
         else:
+            seeds = range(self.first_seed + first_task, self.first_seed + first_task + len(rows))
+            draws = draw(seeds, rows[0].size, self.augment_padding).take(places)
             images = augment(pixels, draws, self.augment_padding, self._send).to(self.dtype)
         return images.div_(255) if self._shift is None else images.sub_(self._shift).mul_(self._factor)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed
-from utils.options import Options, all_fields, declaration, unmet
+from utils.options import Options, all_defaults, declaration, unmet
 from utils.synthetic import write_dataset
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
 
 
 def dry_run(run: Callable[[Options, torch.device], None], options: Options, device: torch.device) -> None:
-    """Two tiny epochs of all that `run` does, on made-up images: train, validate, save, resume, test, cross-test."""
+    """Call `run` for two tiny epochs on made-up images: train, validate, save, resume, test, cross-test."""
     with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
         folder = distributed.broadcast_text(name)
         tiny = shrink(options, Path(folder))
@@ -42,7 +42,7 @@ def write_images(options: Options, names: Iterable[str]) -> None:
 
 def shrink(options: Options, folder: Path) -> Options:
     """Return the options of the same method on fewer, smaller images with a narrower network, all in `folder`."""
-    declared = {field.name: declaration(field.name) for field in all_fields()}
+    declared = {name: declaration(name) for name in all_defaults()}
     tiny = {n: d.dry_run for n, d in declared.items() if d.dry_run is not None and not unmet(d.only, options)}
     ranks, side = distributed.world_size(), 32 if options.conv_padding else 64
     return dataclasses.replace(

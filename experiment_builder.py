@@ -73,23 +73,20 @@ class Experiment:
     def train(self) -> None:
         """Train and validate until `total_epochs` epochs are done, going on from the newest good checkpoint."""
         with only_process(self.folder, "training") if distributed.is_main() else nullcontext():
-            self._train()
-
-    def _train(self) -> None:
-        train_split = open_dataset(self.options, self.options.dataset_name, "train")
-        if self.options.normalization == "channel":
-            self.normalization = (train_split.mean, train_split.std)
-        elif self.options.normalization == "published":
-            self.normalization = published_statistics(self.options.dataset_name)
-        self.resume()
-        validation_split = open_dataset(self.options, self.options.dataset_name, "val")
-        device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
-        training = training_episodes(train_split, options, device, self.normalization)
-        validation = evaluation_episodes(validation_split, options, device, self.normalization)
-        self._write_logs()
-        while len(self.history) < options.total_epochs:
-            self._train_epoch(training, tasks)
-            self._finish_epoch(score(*query_logits(self.model, validation, options, "validation")))
+            train_split = open_dataset(self.options, self.options.dataset_name, "train")
+            if self.options.normalization == "channel":
+                self.normalization = (train_split.mean, train_split.std)
+            elif self.options.normalization == "published":
+                self.normalization = published_statistics(self.options.dataset_name)
+            self.resume()
+            validation_split = open_dataset(self.options, self.options.dataset_name, "val")
+            device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
+            training = training_episodes(train_split, options, device, self.normalization)
+            validation = evaluation_episodes(validation_split, options, device, self.normalization)
+            self._write_logs()
+            while len(self.history) < options.total_epochs:
+                self._train_epoch(training, tasks)
+                self._finish_epoch(score(*query_logits(self.model, validation, options, "validation")))
 
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
@@ -112,55 +109,45 @@ class Experiment:
                 stops_alone = stop and distributed.world_size() == 1
                 if done + 1 < min(next_reading, end) and not stops_alone:
                     continue
-                pace = (time.monotonic() - clock) / len(unread)
-                next_reading = done + 1 + distributed.largest(iterations_between_readings(pace))
                 self._read_metrics(unread, bar)
-                clock = self._count_seconds(clock)
-                save_is_due = time.monotonic() - saved > SAVE_EVERY_SECONDS or done + 1 == end
+                now = time.monotonic()
+                pace = (now - clock) / len(unread)
+                next_reading = done + 1 + distributed.largest(iterations_between_readings(pace))
+                self.sums["seconds"] += now - clock
+                clock = now
+                unread.clear()
+                save_is_due = now - saved > SAVE_EVERY_SECONDS or done + 1 == end
                 agreed = distributed.largest(stop[0] if stop else int(save_is_due))  # all processes save, or none
                 if agreed:
                     self._save("latest")
                     saved = time.monotonic()
                 if agreed > 1:
-                    log.info("stopped and saved at iteration %d; %s", done + 1, self._how_to_go_on())
-                    raise Stopped(agreed)
-            if stop:  # asked for while the last iteration's state was being saved
-                log.info("stopped and saved at iteration %d; %s", end, self._how_to_go_on())
+                    stop.insert(0, agreed)
+                    break
+            if stop:  # also where it was asked for while the last iteration's state was being saved
+                without = "" if options.continue_from_epoch == "latest" else "without --continue_from_epoch "
+                done = self.model.iterations_done
+                log.info("stopped and saved at iteration %d; the same command %sgoes on from here", done, without)
                 raise Stopped(stop[0])
-
-    def _how_to_go_on(self) -> str:
-        if self.options.continue_from_epoch == "latest":
-            return "the same command goes on from here"
-        return "the same command without --continue_from_epoch goes on from here"
 
     def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
         """Add up the metrics of some iterations; raises UserError at the first that the learner vetoes."""
+        options = self.options
         rows = distributed.gather_tasks(torch.stack(unread).unsqueeze(0)).mean(0).double().cpu().tolist()
         first = self.model.iterations_done - len(unread)
-        unread.clear()
         for iteration, row in enumerate(rows, first):
             metrics = dict(zip(self.metrics, row, strict=True))
-            self._check_iteration(iteration, metrics)
+            if veto := self.model.veto(metrics):
+                size = options.batch_size
+                tasks = f"tasks {iteration * size} and the following {size - 1}, --train_seed {options.train_seed}"
+                raise UserError(
+                    f"{veto.problem} at iteration {iteration} (training {tasks}); training has stopped, checkpoints "
+                    f"hold earlier, finite weights. {veto.cure}"
+                )
             for name, value in metrics.items():
                 self.sums[name] += value * (distributed.world_size() if name in self.model.counts else 1)
-        done = self.model.iterations_done % self.options.total_iter_per_epoch or self.options.total_iter_per_epoch
+        done = self.model.iterations_done % options.total_iter_per_epoch or options.total_iter_per_epoch
         bar.set_postfix(loss=f"{self.sums['loss'] / done:.3f}", accuracy=f"{self.sums['accuracy'] / done:.1%}")
-
-    def _check_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Raise UserError if the learner says that training must not go on."""
-        if (veto := self.model.veto(metrics)) is None:
-            return
-        size = self.options.batch_size
-        tasks = f"tasks {iteration * size} and the following {size - 1}, --train_seed {self.options.train_seed}"
-        raise UserError(
-            f"{veto.problem} at iteration {iteration} (training {tasks}); training has stopped, checkpoints hold "
-            f"earlier, finite weights. {veto.cure}"
-        )
-
-    def _count_seconds(self, since: float) -> float:
-        now = time.monotonic()
-        self.sums["seconds"] += now - since
-        return now
 
     def _finish_epoch(self, validation: Score) -> None:
         """Record the epoch, save it, and forget the epoch checkpoints that are no longer among the best."""
@@ -188,15 +175,12 @@ class Experiment:
             for epoch in self.ranking()[self.options.max_models_to_save :]:
                 if not self.options.save_epoch or epoch % self.options.save_epoch:
                     self.file(f"epoch_{epoch}").unlink(missing_ok=True)
-        self._print_epoch(row)
-
-    def _print_epoch(self, row: Mapping[str, float]) -> None:
         best = self.history[self.ranking()[0] - 1]
         log.info(
             f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
             f"{row['train_accuracy']:.1%}  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%} "
             f"± {row['val_ci95_per_episode']:.1%}  best {best['val_accuracy']:.1%} (epoch {best['epoch']})  "
-            f"{row['seconds'] / self.options.total_iter_per_epoch:.3f} s/iteration  "
+            f"{row['seconds'] / iterations:.3f} s/iteration  "
             f"peak memory {peak_memory_gib(self.model.device):.1f} GiB"
         )
 
@@ -219,26 +203,17 @@ class Experiment:
         return self.models / self.model.file_name(name)
 
     def _files(self) -> list[Path]:
-        """All checkpoints that are there."""
-        return [path for path in map(self.file, ("latest", "best")) if path.exists()] + [*self._epoch_files().values()]
-
-    def _epoch_files(self) -> dict[int, Path]:
-        """The checkpoints of finished epochs that are there, by epoch."""
-        found = {epoch_number(path.name.removesuffix(self.model.suffix)): path for path in self.models.glob("epoch_*")}
-        return {epoch: path for epoch, path in found.items() if epoch > 0}
+        """All checkpoints that are there: the latest one, those of epochs from the last to the first, the best one."""
+        stems = (path.name.removesuffix(self.model.suffix) for path in self.models.glob("epoch_*"))
+        epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdigit()}
+        names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
+        return [path for path in map(self.file, names) if path.exists()]
 
     def _save(self, name: str) -> None:
         if distributed.is_main():
-            self.model.save_model(self.file(name), self._state())
+            state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
+            self.model.save_model(self.file(name), state | {"history": self.history, "sums": self.sums})
         distributed.barrier()
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "options": dataclasses.asdict(self.options),
-            "normalization": self.normalization,
-            "history": self.history,
-            "sums": self.sums,
-        }
 
     def resume(self) -> None:
         """Restore what `continue_from_epoch` names; by default the newest checkpoint that is whole, if there is any."""
@@ -255,27 +230,21 @@ class Experiment:
             of_branch = [self.file(f"epoch_{epoch}") for epoch in self.ranking()]
             self._move_aside([path for path in self._files() if path not in of_branch])
             self._save("latest")
-            self._save_best_of_branch()
-
-    def _save_best_of_branch(self) -> None:
-        """Make `best` the best epoch of this branch that is kept."""
-        kept = [path for epoch in self.ranking() if (path := self.file(f"epoch_{epoch}")).exists()]
-        if distributed.is_main():
-            with replace_file(self.file("best")) as file:
-                file.write(kept[0].read_bytes())
-        distributed.barrier()
+            if distributed.is_main():
+                with replace_file(self.file("best")) as file:
+                    file.write(next(path for path in of_branch if path.exists()).read_bytes())
+            distributed.barrier()
 
     def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest checkpoint that can be read and what it holds; None if there is none at all.
 
         Raises UserError if there are some and all are damaged.
         """
-        epochs = [path for _, path in sorted(self._epoch_files().items(), reverse=True)]
-        files = [self.file("latest"), *epochs, self.file("best")]
+        files = self._files()
         for path in files:
             if state := self._read(path):
                 return path, state
-        if any(path.exists() for path in files):
+        if files:
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
                 "which keeps them in another folder"
@@ -358,8 +327,3 @@ def local_tasks(batch_size: int) -> range:
         )
     share = batch_size // ranks
     return range(distributed.rank() * share, (distributed.rank() + 1) * share)
-
-
-def epoch_number(name: str) -> int:
-    digits = name.removeprefix("epoch_")
-    return int(digits) if digits.isdigit() else -1

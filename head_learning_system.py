@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from classification_heads import ClassificationHead, head_options
+from classification_heads import ClassificationHead, HeadOptions, head_options
 from inner_loop_optimizers import chosen_rules, official_bias
 from learner import DataBatch, FewShotLearner, Tasks, Veto, cross_entropy
 from meta_neural_network_architectures import DropBlock, Pass, build_backbone, build_embedding
@@ -58,6 +58,7 @@ class HeadFewShotClassifier(FewShotLearner):
             ``learner`` = gradient the embedding is the frozen body of such a learner, and the head learns nothing.
     """
 
+    options: HeadOptions
     counts = ("unsolved",)
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
@@ -211,7 +212,7 @@ class HeadFewShotClassifier(FewShotLearner):
 
 
 def solve(
-    head: ClassificationHead, options: Options, support: Support, query: Tensor, way: int
+    head: ClassificationHead, options: HeadOptions, support: Support, query: Tensor, way: int
 ) -> tuple[Tensor, Tensor]:
     """Logits (tasks, n, way) of query features (tasks, n, d), and which tasks' heads were not solved (tasks,)."""
     shot = support.labels.shape[1] // way

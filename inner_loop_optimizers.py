@@ -43,17 +43,17 @@ class Rule(nn.Module):
 
     @classmethod
     def chosen(cls, options: Any) -> bool:
-        """Whether the options, with the rule's own among them, ask for this rule."""
+        """Return whether the options ask for this rule."""
         return bool(getattr(options, cls.flag))
 
     @classmethod
     def contradictions(cls, options: Any) -> Iterator[str]:
-        """Sentences that say why the rule, which is chosen, cannot work with the other options."""
+        """Yield sentences that say why the rule, which is chosen, cannot work with the other options."""
         yield from ()
 
     @classmethod
     def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
-        """The parameters that inner steps move, out of those that they would move without this rule."""
+        """Return the names of what inner steps move, out of those that they would move without this rule."""
         return names
 
     def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
@@ -87,31 +87,30 @@ def register(rule: type[Rule]) -> type[Rule]:
 
 
 def chosen_rules(options: Options) -> list[type[Rule]]:
-    """The rules that the options ask for, plain gradient descent among them where no other rule makes the step."""
+    """Return the rules that the options ask for, and plain gradient descent where none of them makes the step."""
     rules = [rule for rule in RULES.values() if rule.chosen(options)]
     return rules if any(rule.sets_rate for rule in rules) else [*rules, GradientDescent]
 
 
 def official_bias(rules: Sequence[type[Rule]]) -> bool:
-    """Whether the official programs of these rules have biases in the convolutions; any that has none decides."""
+    """Return whether the rules' official programs have biases in the convolutions; any that has none decides."""
     said = [rule.conv_bias for rule in rules]
     return True in said and False not in said
 
 
 @add_check
 def check_together(options: Options) -> Iterator[str]:
-    """Sentences about chosen rules that exclude one another or the numbers of steps."""
+    """Yield the contradictions between chosen rules, and with the numbers of steps."""
     rules = chosen_rules(options)
     if len(setters := [f"--{rule.flag}" for rule in rules if rule.sets_rate and rule is not GradientDescent]) > 1:
         yield f"{' and '.join(setters)} each set the inner learning rate; choose one"
-    trained, evaluated = options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter
+    steps, more = options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter
     per_step = [f"--{rule.flag}" for rule in rules if rule.per_step]
     per_step += ["--per_step_bn_statistics"] if options.per_step_bn_statistics else []
-    if per_step and evaluated > trained:
+    if per_step and more > steps:
         yield (
-            f"{' and '.join(per_step)}: one value per training step ({trained}) is learned, so "
-            f"--number_of_evaluation_steps_per_iter {evaluated} has none for the extra steps; use at most as many "
-            "steps in evaluation"
+            f"{' and '.join(per_step)}: one value per training step ({steps}) is learned, so "
+            f"--number_of_evaluation_steps_per_iter {more} has none for the extra steps; use at most as many"
         )
 
 
@@ -119,7 +118,7 @@ def check_together(options: Options) -> Iterator[str]:
 
 
 @add_options
-class CxGradOptions:
+class CxGradOptions(Options):
     contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context", only=GRADIENT)
     num_context_params: int = opt(100, "CxGrad: length of the context vector", at_least=1, only=GRADIENT, dry_run=4)
     context_params_learning_rate: float = opt(
@@ -138,7 +137,7 @@ class CxGrad(Rule):
 
     flag, conv_bias, lr_schedule = "contextual_grad", False, "per_iteration"
 
-    def __init__(self, loop: InnerLoop, options: Options) -> None:
+    def __init__(self, loop: InnerLoop, options: CxGradOptions) -> None:
         super().__init__(loop, options)
         self.names = [name for name in loop.tensors if name not in loop.head]
         self.size, self.learning_rate = options.num_context_params, options.context_params_learning_rate
@@ -150,14 +149,11 @@ class CxGrad(Rule):
         if ANIL.chosen(options):
             yield "--contextual_grad scales the body's gradients, which --inner_loop_part head (ANIL) never takes"
         if L2F.chosen(options):
-            yield (
-                "--contextual_grad sets the norm of every tensor of the body, which undoes what --attenuate (L2F) did "
-                "to it"
-            )
+            yield "--contextual_grad sets the norm of the body's tensors, which undoes what --attenuate (L2F) did"
         if ALFA.chosen(options) and options.use_bias:
             yield (
-                "--contextual_grad gives every tensor of the body a norm, also biases, which batch norm cancels and "
-                "which hold rounding noise only; --alfa would generate its rates from that. Use --use_bias false"
+                "--contextual_grad gives biases a norm too, which batch norm cancels, and --alfa would make its rates "
+                "from their gradients, which are rounding noise; use --use_bias false"
             )
 
     def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
@@ -197,7 +193,7 @@ def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> 
 
 
 @add_options
-class L2FOptions:
+class L2FOptions(Options):
     attenuate: bool = opt(False, "L2F: attenuate the initial weights by the task's first gradients", only=GRADIENT)
 
 
@@ -223,12 +219,12 @@ class L2F(Rule):
 
 
 def means(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Mean of each tensor: dict of N (tasks, ...) -> (tasks, N)."""
+    """Return the mean of each tensor: dict of N (tasks, ...) -> (tasks, N)."""
     return torch.stack([tensor.flatten(1).mean(1) for tensor in tensors.values()], 1)
 
 
 def over_task(per_task: Tensor, tensor: Tensor) -> Tensor:
-    """View (tasks,) so that it broadcasts over a tensor (tasks, ...)."""
+    """Return a view of (tasks,) that broadcasts over a tensor (tasks, ...)."""
     return per_task.view(-1, *[1] * (tensor.dim() - 1))
 
 
@@ -249,7 +245,7 @@ class GradientDescent(Rule):
 
 
 @add_options
-class LSLROptions:
+class LSLROptions(Options):
     learnable_per_layer_per_step_inner_loop_learning_rate: bool = opt(
         False, "LSLR (MAML++): learn one inner rate per tensor and step", only=GRADIENT
     )
@@ -275,7 +271,7 @@ class LSLR(Rule):
 
 
 @add_options
-class MetaSGDOptions:
+class MetaSGDOptions(Options):
     meta_sgd: bool = opt(False, "Meta-SGD: learn one inner rate per weight", only=GRADIENT)
 
 
@@ -294,13 +290,9 @@ class MetaSGD(Rule):
 
 
 @add_options
-class ALFAOptions:
-    alfa: bool = opt(
-        False, "ALFA: generate inner rates and decays from the task's weights and gradients", only=GRADIENT
-    )
-    random_init: bool = opt(
-        False, "ALFA: keep the network's random initialisation, train only the rates", only=GRADIENT
-    )
+class ALFAOptions(Options):
+    alfa: bool = opt(False, "ALFA: make inner rates and decays from weights and gradients", only=GRADIENT)
+    random_init: bool = opt(False, "ALFA: train only the rates, not the random initial network", only={"alfa": True})
     init_inner_loop_weight_decay: float = opt(
         0.0005, "ALFA: decay relative to the inner rate at the start", at_least=0, only=GRADIENT
     )
@@ -317,7 +309,7 @@ class ALFA(Rule):
 
     flag, sets_rate, per_step, conv_bias = "alfa", True, True, True
 
-    def __init__(self, loop: InnerLoop, options: Options) -> None:
+    def __init__(self, loop: InnerLoop, options: ALFAOptions) -> None:
         super().__init__(loop, options)
         rate, n = options.init_inner_loop_learning_rate, 2 * len(loop.tensors)
         decay = options.init_inner_loop_weight_decay * rate
@@ -328,12 +320,11 @@ class ALFA(Rule):
         self.trains_network = not options.random_init
 
     @classmethod
-    def contradictions(cls, options: Options) -> Iterator[str]:
-        if options.random_init:
-            if ANIL.chosen(options):
-                yield "--random_init leaves the body untrained and --inner_loop_part head (ANIL) never moves it"
-            if BOIL.chosen(options):
-                yield "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it"
+    def contradictions(cls, options: ALFAOptions) -> Iterator[str]:
+        if options.random_init and ANIL.chosen(options):
+            yield "--random_init leaves the body untrained and --inner_loop_part head (ANIL) never moves it"
+        if options.random_init and BOIL.chosen(options):
+            yield "--random_init leaves the classifier untrained and --inner_loop_part body (BOIL) never moves it"
 
     def generate(self, weights: Weights, gradients: Weights) -> tuple[Tensor, Tensor]:
         """Return the alphas and the betas (tasks, N); the gradients count as constants here."""
@@ -354,25 +345,19 @@ class ALFA(Rule):
         return updated
 
 
-@add_check
-def check_random_init(options: Options) -> Iterator[str]:
-    if options.random_init and not ALFA.chosen(options):
-        yield "--random_init trains ALFA's rates only, so it needs --alfa true"
-
-
 def one_per_step(loop: InnerLoop, value: float) -> nn.ParameterDict:
-    """One learned vector of steps + 1 equal values per tensor."""
+    """Return one learned vector of steps + 1 equal values per tensor."""
     return nn.ParameterDict({key(name): nn.Parameter(torch.full((loop.steps + 1,), value)) for name in loop.tensors})
 
 
 def one_per_weight(loop: InnerLoop, value: float) -> nn.ParameterDict:
-    """One learned value per weight."""
+    """Return one learned value per weight."""
     full = {key(name): torch.full_like(p, value, requires_grad=False) for name, p in loop.tensors.items()}
     return nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in full.items()})
 
 
 def key(name: str) -> str:
-    """A parameter's name inside a ParameterDict, where dots are not allowed."""
+    """Return a parameter's name inside a ParameterDict, where dots are not allowed."""
     return name.replace(".", "-")
 
 
@@ -380,7 +365,7 @@ def key(name: str) -> str:
 
 
 @add_options
-class PartOptions:
+class PartOptions(Options):
     inner_loop_part: str = opt(
         "all",
         "what inner steps move: all; head (ANIL); body (BOIL)",
@@ -394,23 +379,19 @@ class PartOptions:
 class ANIL(Rule):
     """Inner steps move the classifier alone (ANIL, Raghu et al. 2020)."""
 
+    part = "head"
+
     @classmethod
-    def chosen(cls, options: Options) -> bool:
-        return options.inner_loop_part == "head"
+    def chosen(cls, options: Any) -> bool:
+        return bool(options.inner_loop_part == cls.part)
 
     @classmethod
     def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
-        return [name for name in names if name in head]
+        return [name for name in names if (name in head) == (cls.part == "head")]
 
 
 @register
-class BOIL(Rule):
+class BOIL(ANIL):
     """Inner steps move everything but the classifier (BOIL, Oh et al. 2021)."""
 
-    @classmethod
-    def chosen(cls, options: Options) -> bool:
-        return options.inner_loop_part == "body"
-
-    @classmethod
-    def moved(cls, names: Sequence[str], head: Collection[str]) -> Sequence[str]:
-        return [name for name in names if name not in head]
+    part = "body"

@@ -1,6 +1,7 @@
 """Scoring a learner on fixed tasks, for validation and for the meta-test of single and averaged checkpoints."""
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from utils import distributed
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
-from utils.image_cache import Split
 from utils.names import canonical_name
 from utils.options import Options
 from utils.progress import progress_bar
@@ -63,48 +63,46 @@ def meta_test(
     printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs;
     those of several data sets also to `utils.cross_domain`'s table and heat map.
     """
-    results = []
-    for dataset in options.test_dataset_list:
-        for shot in options.test_shot_list:
-            one = dataclasses.replace(options, val_shot=shot)
-            results += _test_one(model, one, checkpoints, labels, dataset, normalization, folder)
+    results: list[Result] = []
+    for dataset, shot in itertools.product(options.test_dataset_list, options.test_shot_list):
+        options = dataclasses.replace(options, val_shot=shot)
+        split = open_dataset(options, dataset, "test")
+        episodes = evaluation_episodes(split, options, model.device, normalization)
+        check_disjoint(episodes, options.num_evaluation_tasks)
+        logits, answers = [], torch.empty(0)
+        for path, state in checkpoints:
+            model.load_state(state, path, with_optimizer=False)
+            one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
+            logits.append(one)
+        way, _, query = options.evaluation_task
+        protocol = {
+            "dataset": split.name,
+            "split": "test",
+            "trained_on": canonical_name(options.dataset_name),
+            "episodes": options.num_evaluation_tasks,
+            "way": way,
+            "shot": shot,
+            "query": query,
+            "batch_norm": options.batch_norm,
+            "normalization": options.normalization,
+            "seed": options.val_seed,
+            **model.protocol(),
+        }
+        names = [path.name for path, _ in checkpoints]
+        scored = zip(labels, (names[:1], names), (logits[0], torch.stack(logits).mean(0)), strict=False)
+        tested = [
+            protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
+            for label, used, scores in scored
+        ]
+        if distributed.is_main():
+            write_results(folder / "logs", tested)
+            with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}.npz") as file:
+                np.savez_compressed(file, **sample_episode(episodes, logits[0][0]))
+        for result in tested:
+            log.info(describe(result))
+        results += tested
     if len(options.test_dataset_list) > 1 and distributed.is_main():
         log.info(write_cross_domain(folder, results))
-    return results
-
-
-def _test_one(
-    model: FewShotLearner,
-    options: Options,
-    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
-    labels: Sequence[str],
-    dataset: str,
-    normalization: Normalization,
-    folder: Path,
-) -> list[Result]:
-    split = open_dataset(options, dataset, "test")
-    episodes = evaluation_episodes(split, options, model.device, normalization)
-    check_disjoint(episodes, options.num_evaluation_tasks)
-    logits, answers = [], torch.empty(0)
-    for path, state in checkpoints:
-        model.load_state(state, path, with_optimizer=False)
-        one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
-        logits.append(one)
-    protocol = test_protocol(options, split.name) | model.protocol()
-    names = [path.name for path, _ in checkpoints]
-    scored = [(names[:1], logits[0]), (names, torch.stack(logits).mean(0))]
-    results: list[Result] = [
-        protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
-        for label, (used, scores) in zip(labels, scored, strict=False)
-    ]
-    if distributed.is_main():
-        write_results(folder / "logs", results)
-        sample = sample_episode(split, episodes, logits[0][0])
-        file = folder / "visual_outputs" / f"sample_episode_{split.name}.npz"
-        with replace_file(file) as handle:
-            np.savez_compressed(handle, **sample)
-    for result in results:
-        log.info(describe(result))
     return results
 
 
@@ -114,23 +112,6 @@ def check_disjoint(episodes: Episodes, tasks: int) -> None:
         rows = episodes.indices(task)
         if len(np.unique(rows)) != rows.size:
             raise RuntimeError(f"task {task} of {episodes.split.name} uses an image twice")
-
-
-def test_protocol(options: Options, dataset: str) -> Result:
-    """Return what a test result must say about itself to be compared with another."""
-    way, shot, query = options.evaluation_task
-    return {
-        "dataset": dataset,
-        "split": "test",
-        "trained_on": canonical_name(options.dataset_name),
-        "episodes": options.num_evaluation_tasks,
-        "way": way,
-        "shot": shot,
-        "query": query,
-        "batch_norm": options.batch_norm,
-        "normalization": options.normalization,
-        "seed": options.val_seed,
-    }
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
@@ -169,9 +150,9 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
-def sample_episode(split: Split, episodes: Episodes, logits: Tensor) -> dict[str, np.ndarray]:
+def sample_episode(episodes: Episodes, logits: Tensor) -> dict[str, np.ndarray]:
     """Return the first task for the report's picture: uint8 images (way, shot or query, H, W, C), and predictions."""
-    rows = episodes.indices(0)  # (way, shot + query)
+    split, rows = episodes.split, episodes.indices(0)  # (way, shot + query)
     classes = np.searchsorted(split.class_starts, rows[:, 0], side="right") - 1
     images = split.images[rows]
     return {

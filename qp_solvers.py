@@ -6,7 +6,8 @@ differentiation on the final active set. Crammer and Singer's dual has way * n v
 copies of one n x n kernel and its equalities couple only the entries of one row, so a Newton step costs `way` systems
 of n x n and one n x n Schur complement. `qpth` is the package that the paper used, on the dense problem.
 
-Away from the CPU the number of rounds is fixed and finished tasks are masked, so that the host reads nothing back.
+Every device runs the same program. The host reads from it in `look` only: once before the active set, once a round, and
+once for the residuals; ordinary episodes need 1 to 3 rounds. The interior point reads once a step.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from utils.errors import UserError
 
-ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 4
+ROUNDS = 12  # of the active set before the interior point takes over, and after it; ordinary episodes need 1 to 3
 GUESSING_STEPS = 4  # before the first round; each costs a tenth of one, and together they save up to two
-BARRIER_STEPS = 40  # of the interior point; 12 are enough but for kernels with entries from 1e5 up
-FIXED_BARRIER_STEPS, FIXED_ROUNDS = 25, 5  # where the host may not look: the interior point first, then the active set
+BARRIER_STEPS = 40  # of the interior point at most; 12 are usual but for kernels with entries from 1e5 up
 CENTRED = 1e-12  # relative gap of slacks and multipliers at which the interior point stops
 ACCEPTED = 1e-9  # relative KKT residual above which a task goes to the interior point
 UNREFINED = 1e-11  # relative error of a Newton system that is left as it is
@@ -28,18 +28,17 @@ ROUNDING = 1e-5  # part of the terms of H x below which a gradient cannot be tol
 SINGULAR = 1e-10  # added to a box problem's Hessian, relative to its diagonal; refinement takes its effect out again
 
 
-class QPSolution(NamedTuple):
+class Solution(NamedTuple):
     """A batch of solved problems.
 
     `residual` is the largest violation of the optimality conditions relative to the problem's own size: for a solved
     task below 1e-10 while the kernel's entries are below 1e5, up to 1e-7 where they reach 1e8; inf for a kernel that is
-    not finite. The dual of the latter is 0 and so is its gradient: a lost task spoils nobody else's numbers, and the
-    caller has to look at the residual.
+    not finite. The solution of the latter is 0 and so is its gradient: a lost task spoils nobody else's numbers, and
+    the caller has to look at the residual.
     """
 
-    dual: Tensor  # (tasks, n, way), or (tasks, n) for one variable per support point
+    x: Tensor  # (tasks, blocks, n)
     residual: Tensor  # (tasks,)
-    iterations: Tensor  # (tasks,), Newton systems factorised for the task; 0 from qpth, which does not say
 
 
 class Problem(NamedTuple):
@@ -51,57 +50,39 @@ class Problem(NamedTuple):
     upper: Tensor  # (tasks, blocks, n)
     rows_sum_to_zero: bool
 
-    def of_tasks(self, index: Tensor) -> "Problem":
-        hessian, linear, lower, upper = (t[index] for t in self[:4])
-        return Problem(hessian, linear, lower, upper, self.rows_sum_to_zero)
-
     def descent(self, x: Tensor) -> Tensor:
         """Negative gradient of the objective."""
-        return self.linear - x @ self.hessian
+        return torch.baddbmm(self.linear, x, self.hessian, alpha=-1)
 
 
 # --- the problems of the heads -------------------------------------------------------------------------------------
 
 
-def solve_crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float = 0.1, fixed: bool | None = None) -> QPSolution:
-    """Minimise 1/2 tr(A'(K + I)A) - sum_i A[i, y_i] over A (n, way) with A 1 = 0 and A <= C * one_hot.
+def crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float) -> Problem:
+    """Minimise 1/2 tr(A'(K + I)A) - sum_i A[i, y_i] over A (n, way) with A 1 = 0 and A <= C * one_hot; x is A'.
 
-    The dual of Crammer and Singer 2001 as MetaOptNet states it; the identity is part of the objective. Differentiable
-    with respect to `kernel`, once.
+    The dual of Crammer and Singer 2001 as MetaOptNet states it; the identity is part of the objective.
 
     Args:
         kernel: (tasks, n, n), symmetric and positive semi-definite, of any float type.
         one_hot: (tasks, n, way), the class of each support point; shots may differ.
-        fixed: run the same rounds for every task; by default everywhere but on the CPU.
     """
-    solution = _solve(crammer_singer(kernel, one_hot, C_reg), fixed)
-    return solution._replace(dual=solution.dual.mT)
+    target = one_hot.mT.double().contiguous()  # (tasks, way, n): each class a block
+    unbounded = torch.full_like(target, -torch.inf)
+    return Problem(_add_diagonal(kernel.double(), 1.0), target, unbounded, C_reg * target, rows_sum_to_zero=True)
 
 
-def crammer_singer(kernel: Tensor, one_hot: Tensor, C_reg: float) -> Problem:
-    target = one_hot.mT.double().contiguous()  # (tasks, way, n): class-major inside, each class a block
-    return Problem(
-        hessian=_add_diagonal(kernel.double(), 1.0),
-        linear=target,
-        lower=torch.full_like(target, -torch.inf),
-        upper=C_reg * target,
-        rows_sum_to_zero=True,
-    )
+def box(hessian: Tensor, linear: float, upper: Tensor) -> Problem:
+    """Minimise 1/2 x'Hx - linear * sum x over 0 <= x <= upper, with one block.
 
-
-def solve_box(hessian: Tensor, linear: Tensor, upper: Tensor, fixed: bool | None = None) -> QPSolution:
-    """Minimise 1/2 x'Hx - linear'x over 0 <= x <= upper, H positive semi-definite and possibly singular.
-
-    Differentiable with respect to `hessian`, once. Where H is singular x need not be unique; H x is.
+    Where H is singular x need not be unique; H x is.
 
     Args:
-        hessian: (tasks, n, n), symmetric, of any float type.
-        linear, upper: (tasks, n); an entry with an upper bound of 0 stays 0.
+        hessian: (tasks, n, n), symmetric and positive semi-definite, of any float type.
+        upper: (tasks, n); an entry with an upper bound of 0 stays 0.
     """
-    target, high = linear.double().unsqueeze(1), upper.double().unsqueeze(1)
-    problem = Problem(hessian.double(), target, torch.zeros_like(high), high, rows_sum_to_zero=False)
-    solution = _solve(problem, fixed)
-    return solution._replace(dual=solution.dual.squeeze(1))
+    upper = upper.double().unsqueeze(1)
+    return Problem(hessian.double(), torch.full_like(upper, linear), torch.zeros_like(upper), upper, False)
 
 
 def _add_diagonal(matrices: Tensor, value: float) -> Tensor:
@@ -110,35 +91,13 @@ def _add_diagonal(matrices: Tensor, value: float) -> Tensor:
 
 def solve_crammer_singer_qpth(
     kernel: Tensor, one_hot: Tensor, C_reg: float = 0.1, max_iter: int = 15, double: bool = False
-) -> QPSolution:
+) -> Solution:
     """The same problem by the qpth package, dense over all n * way variables, as the paper's program calls it.
 
     Args:
         max_iter: interior-point passes at most; the official test run stops after 3, far from the solution.
         double: solve in float64 instead of float32. The residual is then below 1e-6; in float32 about 1e-3.
     """
-    tasks, n, way = one_hot.shape
-    dtype = torch.float64 if double else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "device": kernel.device}
-    # sample-major: entry i * way + m of a flattened dual is A[i, m]
-    blocks = torch.einsum("tij,ab->tiajb", kernel.to(dtype), torch.eye(way, **options))
-    hessian = _add_diagonal(blocks.reshape(tasks, n * way, n * way), 1.0)
-    target = one_hot.to(dtype).flatten(1)
-    bounds = torch.eye(n * way, **options).expand(tasks, -1, -1)
-    row_sums = torch.eye(n, **options).repeat_interleave(way, 1).expand(tasks, -1, -1)
-    solve = _qp_function()(verbose=-1, maxIter=max_iter)
-    try:
-        dual = solve(hessian, -target, bounds, C_reg * target, row_sums, torch.zeros(tasks, n, **options))
-    except RuntimeError as error:  # one kernel that is too large for its precision; nothing says which
-        if "SPD" not in str(error):
-            raise
-        dual = torch.full_like(target, torch.nan)
-    dual = dual.view(tasks, n, way)
-    residual = kkt_residual(crammer_singer(kernel.detach(), one_hot, C_reg), dual.detach().mT.double())
-    return QPSolution(dual, residual, torch.zeros(tasks, dtype=torch.int64, device=kernel.device))
-
-
-def _qp_function() -> Any:
     try:
         from qpth.qp import QPFunction
     except ImportError as error:
@@ -146,34 +105,44 @@ def _qp_function() -> Any:
             f"--svm_solver qpth needs the package qpth ({error}): install it with `pip install qpth==0.0.18`, "
             "which needs numpy below 2, or use --svm_solver structured."
         ) from error
-    return QPFunction
+    tasks, n, way = one_hot.shape
+    options: dict[str, Any] = {"dtype": torch.float64 if double else torch.float32, "device": kernel.device}
+    # sample-major: entry i * way + m of a flattened dual is A[i, m]
+    hessian = _add_diagonal(torch.kron(kernel.to(**options), torch.eye(way, **options)), 1.0)
+    target = one_hot.to(**options).flatten(1)
+    bounds = torch.eye(n * way, **options).expand(tasks, -1, -1)
+    row_sums = torch.eye(n, **options).repeat_interleave(way, 1).expand(tasks, -1, -1)
+    solve = QPFunction(verbose=-1, maxIter=max_iter)
+    try:
+        dual = solve(hessian, -target, bounds, C_reg * target, row_sums, torch.zeros(tasks, n, **options))
+    except RuntimeError as error:  # one kernel that is too large for its precision; nothing says which
+        if "SPD" not in str(error):
+            raise
+        dual = torch.full_like(target, torch.nan)
+    x = dual.view(tasks, n, way).mT
+    return Solution(x, kkt_residual(crammer_singer(kernel.detach(), one_hot, C_reg), x.detach().double()))
 
 
-# --- differentiation -----------------------------------------------------------------------------------------------
-
-
-def _solve(problem: Problem, fixed: bool | None) -> QPSolution:
-    constant = problem._replace(hessian=problem.hessian.detach())
-    return QPSolution(*_Solve.apply(problem.hessian, constant, fixed))
+def solve(problem: Problem) -> Solution:
+    """The solution, differentiable with respect to the Hessian, once."""
+    return Solution(*_Solve.apply(problem.hessian, problem._replace(hessian=problem.hessian.detach())))
 
 
 class _Solve(torch.autograd.Function):
-    """Dual, residual and iterations of a problem, differentiable with respect to its Hessian."""
-
     @staticmethod
-    def forward(ctx: Any, hessian: Tensor, problem: Problem, fixed: bool | None) -> tuple[Tensor, Tensor, Tensor]:
-        state = search(problem, fixed)
+    def forward(ctx: Any, _: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        (x, residual), factors = search(problem)
         ctx.problem = problem
-        ctx.save_for_backward(state.x, *state.factors)
-        ctx.mark_non_differentiable(state.residual, state.iterations)
-        return state.x, state.residual, state.iterations
+        ctx.save_for_backward(x, *factors)
+        ctx.mark_non_differentiable(residual)
+        return x, residual
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, *saved = ctx.saved_tensors
         outer = adjoint(ctx.problem, Factors(*saved), gradient).mT @ x
-        return -(outer + outer.mT) / 2, None, None
+        return -(outer + outer.mT) / 2, None
 
 
 # --- Newton systems ------------------------------------------------------------------------------------------------
@@ -187,37 +156,33 @@ class Factors(NamedTuple):
     schur: Tensor  # (tasks, n, n), Cholesky factor of the sum of the blocks' inverses; (tasks, 0, 0) without row sums
 
 
-def factorise(problem: Problem, free: Tensor, barrier: Tensor | None = None) -> Factors:
+def factorise(problem: Problem, free: Tensor, barrier: Tensor | float = 0.0) -> Factors:
     """Factorise H restricted to the `free` entries (1 or 0), plus the diagonal `barrier`, block by block."""
     held = 1 - free
-    system = problem.hessian.unsqueeze(1) * free.unsqueeze(-1)
-    system *= free.unsqueeze(-2)
+    system = problem.hessian.unsqueeze(1) * free.unsqueeze(-1) * free.unsqueeze(-2)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     if not problem.rows_sum_to_zero:  # this H may be singular, K + I is not
         diagonal += SINGULAR * diagonal.amax(-1, keepdim=True).clamp_min(1e-300)
-    diagonal += held if barrier is None else held + barrier * free
+    diagonal += held + barrier * free
     inverse = inverse_of(system)
     inverse.diagonal(dim1=-2, dim2=-1).sub_(held)
-    if problem.rows_sum_to_zero:
-        return with_schur(free, inverse)
-    return Factors(free, inverse, inverse.new_empty(len(inverse), 0, 0))
+    return with_schur(free, inverse) if problem.rows_sum_to_zero else Factors(free, inverse, inverse[:, 0, :0, :0])
 
 
-def factorise_from(whole: Tensor, free: Tensor) -> Factors:
+def factorise_from(whole: Tensor, side: Tensor, size: int) -> Factors:
     """The same from H's own inverse `whole` (tasks, n, n), by elimination of the held entries: cheap when they are few.
 
-    Their largest number in a block is the size of the systems, and the host has to know it.
+    `side` is 1 for held entries and 0 for free ones; no block holds more than `size`.
     """
-    tasks, blocks, n = free.shape
-    size = n - int(free.sum(2).min())
-    real, where = (1 - free).topk(size, sorted=False)  # (tasks, blocks, size), 1 for held entries, 0 for padding
-    first = torch.arange(0, tasks * n, n, device=free.device).view(-1, 1, 1)
+    tasks, blocks, n = side.shape
+    real, where = side.topk(size, sorted=False)  # (tasks, blocks, size), 1 for held entries, 0 for padding
+    first = torch.arange(0, tasks * n, n, device=side.device).view(-1, 1, 1)
     rows = whole.flatten(0, 1).index_select(0, (where + first).flatten()).view(tasks, blocks, size, n)
-    rows = rows * real.unsqueeze(3)
+    rows *= real.unsqueeze(3)
     corner = rows.gather(3, where.unsqueeze(2).expand(-1, -1, size, -1)) * real.unsqueeze(2)
     corner.diagonal(dim1=2, dim2=3).add_(1 - real)
     reduced = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(corner).L, rows, upper=False)
-    return with_schur(free, whole.unsqueeze(1) - reduced.mT @ reduced)
+    return with_schur(1 - side, whole.unsqueeze(1) - reduced.mT @ reduced)
 
 
 def with_schur(free: Tensor, inverse: Tensor) -> Factors:
@@ -225,33 +190,43 @@ def with_schur(free: Tensor, inverse: Tensor) -> Factors:
 
 
 def inverse_of(matrices: Tensor) -> Tensor:
-    """Inverse of positive definite matrices; LAPACK's routine is fastest on the CPU but loops over a batch on CUDA."""
-    lower, info = torch.linalg.cholesky_ex(matrices)
-    if lower.device.type == "cpu":
-        # LAPACK refuses to invert what has no factor; as no numbers it costs nobody but its own task.
-        lower.masked_fill_((info > 0)[..., None, None], torch.nan)
-        return torch.cholesky_inverse(lower).mT  # symmetric, and contiguous this way
+    """Inverse of positive definite matrices; not finite, or wrong, for one that has no Cholesky factor."""
+    lower = torch.linalg.cholesky_ex(matrices).L
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     half = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return half.mT @ half
 
 
-def solve_free(factors: Factors, right: Tensor, row_sums: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Solve H x + nu = right on the free entries with sum_b x_b = row_sums: x (tasks, blocks, n), nu (tasks, 1, n).
+def solve_free(factors: Factors, right: Tensor, excess: Tensor | float = 0.0) -> tuple[Tensor, Tensor | float]:
+    """Solve H x + nu = right on the free entries with sum_b x_b = -excess: x (tasks, blocks, n), nu (tasks, 1, n).
 
     Where nothing is said of row sums, nu is 0.
     """
     free, inverse, schur = factors
-    x = _times(right * free, inverse)
+    right = right * free
+    x = _times(right, inverse)
     if not schur.numel():
-        return x * free, torch.zeros_like(x[:, :1])
-    nu = torch.cholesky_solve((x.sum(1) - row_sums).unsqueeze(2), schur).mT
-    return (x - _times(nu, inverse)) * free, nu
+        return x * free, 0.0
+    nu = torch.cholesky_solve((x.sum(1) + excess).unsqueeze(2), schur).mT
+    return _times((right - nu) * free, inverse) * free, nu
 
 
 def _times(rows: Tensor, matrices: Tensor) -> Tensor:
     """Each block's row times its matrix: a quarter of the time of a matrix times a column."""
-    return (rows.unsqueeze(2) @ matrices).squeeze(2)
+    return torch.bmm(rows.flatten(0, 1).unsqueeze(1), matrices.flatten(0, 1)).view_as(rows)
+
+
+def newton(problem: Problem, factors: Factors, x: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """Solve for the free entries from `x`; also the negative gradient minus the rows' multipliers.
+
+    Passes after the first are iterative refinement. Products with an inverse are not backward stable: a kernel with one
+    large eigenvalue, as that of all-positive embeddings, would give multipliers of the wrong sign. For a singular box
+    problem they are proximal steps.
+    """
+    for _ in range(passes):
+        change, nu = solve_free(factors, problem.descent(x), x.sum(1))
+        x = x + change
+    return x, problem.descent(x) - nu
 
 
 def adjoint(problem: Problem, factors: Factors, gradient: Tensor) -> Tensor:
@@ -261,10 +236,9 @@ def adjoint(problem: Problem, factors: Factors, gradient: Tensor) -> Tensor:
     hold in a neighbourhood of a problem whose bounds are strictly active or inactive: v solves the same system with
     the gradient on the right.
     """
-    v, _nu = solve_free(factors, gradient, 0.0)
-    if not problem.rows_sum_to_zero:
-        v, _slope = refine(problem._replace(linear=gradient), factors, v)
-    return v.where(factors.free > 0, 0)  # a lost task's factors need not be finite
+    if problem.rows_sum_to_zero:
+        return solve_free(factors, gradient)[0]
+    return newton(problem._replace(linear=gradient), factors, torch.zeros_like(gradient), passes=3)[0]
 
 
 def kkt_residual(problem: Problem, x: Tensor) -> Tensor:
@@ -293,75 +267,52 @@ def _size(x: Tensor) -> Tensor:
 # --- search --------------------------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """A candidate solution of each task, with what backward needs."""
-
-    x: Tensor  # (tasks, blocks, n)
-    residual: Tensor  # (tasks,)
-    iterations: Tensor  # (tasks,)
-    factors: Factors
+def look(*values: Tensor) -> list[float]:
+    """Read numbers from the device: on a GPU the one place where the host waits for it."""
+    found: list[float] = torch.stack(values).tolist()
+    return found
 
 
-def search(problem: Problem, fixed: bool | None = None) -> State:
-    """The solution of each task as far as it was found: x = 0 and nothing free where nothing finite was."""
-    fixed = problem.hessian.device.type != "cpu" if fixed is None else fixed
-    if fixed:
-        state = _from_the_inside(problem, FIXED_BARRIER_STEPS, FIXED_ROUNDS, fixed)
-    else:
-        state = active_set(problem, None, ROUNDS, fixed)
-        lost = (state.residual > ACCEPTED).nonzero().squeeze(1)
-        if not len(lost):
-            return state
-        state = _insert(state, _from_the_inside(problem.of_tasks(lost), BARRIER_STEPS, ROUNDS, fixed), lost)
-    found = state.residual.isfinite().view(-1, 1, 1)
-    factors = state.factors._replace(free=state.factors.free * found)
-    return state._replace(x=state.x.where(found, 0), factors=factors)
+def search(problem: Problem) -> tuple[Solution, Factors]:
+    """Each task's solution as far as it was found, x = 0 and nothing free where nothing finite was, and its system."""
+    solution, factors = active_set(problem)
+    if look(solution.residual.amax())[0] <= ACCEPTED:
+        return solution, factors
+    lost = (solution.residual > ACCEPTED).nonzero().squeeze(1)
+    part = problem._replace(**{name: getattr(problem, name)[lost] for name in problem._fields[:4]})
+    others, other_factors = active_set(part, interior_point(part))
+    better = others.residual < solution.residual[lost]
+    for old, new in zip((*solution, *factors), (*others, *other_factors), strict=True):
+        old[lost[better]] = new[better]
+    gone = solution.residual.isinf()
+    for tensor, harmless in zip((solution.x, *factors), (0, 0, 0, 1), strict=True):
+        tensor[gone] = harmless
+    return solution, factors
 
 
-def _from_the_inside(problem: Problem, steps: int, rounds: int, fixed: bool) -> State:
-    """The active set started where an interior point leads; a task's iterations count both."""
-    point = start_inside(problem)
-    for _ in range(steps):
-        point = barrier_step(problem, point)
-    state = active_set(problem, point.sides(problem), rounds, fixed)
-    return state._replace(iterations=state.iterations + steps)
-
-
-def _insert(state: State, others: State, index: Tensor) -> State:
-    """`state` with `others`, which are the tasks `index`, where those solve their problems better."""
-    better = others.residual < state.residual[index]
-    index = index[better]
-
-    def put(old: Tensor, new: Tensor) -> Tensor:
-        return old.index_copy(0, index, new[better])
-
-    x, residual, iterations = (put(*pair) for pair in zip(state[:3], others[:3], strict=True))
-    factors = (put(*pair) for pair in zip(state.factors, others.factors, strict=True))
-    return State(x, residual, iterations, Factors(*factors))
-
-
-# --- active set ----------------------------------------------------------------------------------------------------
-
-
-def active_set(problem: Problem, side: Tensor | None, rounds: int, fixed: bool) -> State:
-    """The state after at most `rounds` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
+def active_set(problem: Problem, side: Tensor | None = None) -> tuple[Solution, Factors]:
+    """The state after at most `ROUNDS` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
 
     A finished task repeats its last round, so that a round is one batch. Without `side` it starts from a guess.
     """
-    whole = inverse_of(problem.hessian) if problem.rows_sum_to_zero and not fixed else None
+    whole = inverse_of(problem.hessian) if problem.rows_sum_to_zero else None
     if side is None:
         side = (problem.lower == problem.upper).double() if whole is None else guess_sides(problem, whole)
-    iterations = torch.ones(len(side), dtype=torch.int64, device=side.device)
-    for left in reversed(range(rounds)):
-        free = (side == 0).double()
-        factors = factorise(problem, free) if whole is None else factorise_from(whole, free)
-        x, following = active_set_round(problem, side, factors, fixed)
-        changed = (following != side).flatten(1).any(1)
-        if not left or not (fixed or changed.any()):
+    passes, (size,) = 1 if problem.rows_sum_to_zero else 3, look(side.sum(2).amax())
+    for _ in range(ROUNDS):
+        factors = factorise(problem, 1 - side.abs()) if whole is None else factorise_from(whole, side, int(size))
+        # a lower bound that can hold an entry is 0
+        x, slope = newton(problem, factors, problem.upper * side.clamp_min(0), passes)
+        following = next_sides(problem, x, slope * (1 - factors.free))
+        error = (slope * factors.free).abs().nan_to_num_(0, 0)  # a lost task asks for nothing
+        wrong, moved, following_size = look(error.amax(), torch.dist(following, side), following.sum(2).amax())
+        if passes == 1 and wrong > UNREFINED:
+            passes = 2  # for this round once more, and from now on
+        elif moved:
+            side, size = following, following_size
+        else:
             break
-        iterations = iterations + changed
-        side = following
-    return State(x, kkt_residual(problem, x), iterations, factors)
+    return Solution(x, kkt_residual(problem, x)), factors
 
 
 def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
@@ -371,22 +322,12 @@ def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
     excess, push = start, torch.zeros_like(start)  # of x over its bounds; the multipliers in units of x
     for _ in range(GUESSING_STEPS):
         push = (push + excess).clamp_min(0)
-        excess = torch.baddbmm(start, push - push.mean(1, keepdim=True), steps, alpha=-1)
-    return _next_sides(problem, excess + problem.upper, push)
+        centred = torch.sub(push, push.sum(1, keepdim=True), alpha=1 / push.shape[1])
+        excess = torch.baddbmm(start, centred, steps, alpha=-1)
+    return next_sides(problem, excess + problem.upper, push)
 
 
-def active_set_round(problem: Problem, side: Tensor, factors: Factors, fixed: bool) -> tuple[Tensor, Tensor]:
-    """Solve with the entries of `side` held at their bounds: x, and the sides to try next."""
-    held = problem.upper * (side > 0)  # a lower bound that can hold an entry is 0
-    moved, nu = solve_free(factors, problem.descent(held), -held.sum(1))
-    x = held + moved
-    slope = problem.descent(x) - nu
-    if fixed or not problem.rows_sum_to_zero or (slope * factors.free).abs().max() > UNREFINED:
-        x, slope = refine(problem, factors, x)
-    return x, _next_sides(problem, x, slope * (1 - factors.free))
-
-
-def _next_sides(problem: Problem, x: Tensor, multiplier: Tensor) -> Tensor:
+def next_sides(problem: Problem, x: Tensor, multiplier: Tensor) -> Tensor:
     """Hold what has left its bounds (multiplier 0) or is pushed outwards, let go the rest.
 
     Where the rows sum to 0, the least firmly held entry of a row that would have none free is let go as well.
@@ -399,108 +340,38 @@ def _next_sides(problem: Problem, x: Tensor, multiplier: Tensor) -> Tensor:
     return ((firmness > 0) | pinned).double() - ((pushed < problem.lower) & ~pinned).double()
 
 
-def refine(problem: Problem, factors: Factors, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Iterative refinement of the free entries; returns x and the negative gradient minus the rows' multipliers.
+def interior_point(problem: Problem) -> Tensor:
+    """Sides that a predictor-corrector method (Mehrotra 1992) leads to from inside the bounds.
 
-    Products with an inverse are not backward stable: a kernel with one large eigenvalue, as that of all-positive
-    embeddings, would give multipliers of the wrong sign. For a singular box problem these are proximal steps.
+    A task that is done, or whose step is not finite, stays where it is. Rows sum to 0 throughout.
     """
-    for _ in range(1 if problem.rows_sum_to_zero else 2):
-        change, nu = solve_free(factors, problem.descent(x), -x.sum(1))
-        x = x + change
-    return x, problem.descent(x) - nu
-
-
-# --- interior point ------------------------------------------------------------------------------------------------
-
-
-class Barrier(NamedTuple):
-    """An interior iterate, whose rows sum to 0: multipliers of bounds that are not there stay 0."""
-
-    x: Tensor  # (tasks, blocks, n)
-    nu: Tensor  # (tasks, 1, n), multipliers of the row sums
-    above: Tensor  # (tasks, blocks, n), multipliers of the upper bounds
-    below: Tensor  # (tasks, blocks, n), of the lower
-
-    def plus(self, step: Tensor, direction: "Barrier") -> "Barrier":
-        return Barrier(*(old + step * change for old, change in zip(self, direction, strict=True)))
-
-    def sides(self, problem: Problem) -> Tensor:
-        """Which bounds look active: multiplier against slack, each in units of its largest."""
-        net = (self.above - self.below) / _size(problem.linear)
-        return _next_sides(problem, self.x, net * _size(self.x))
-
-
-class Slacks(NamedTuple):
-    """Room of an iterate to its bounds; 1 where there is no bound or no room by definition."""
-
-    upper: Tensor
-    lower: Tensor
-    has_upper: Tensor  # 1 or 0
-    has_lower: Tensor
-
-    def gap(self, point: Barrier, x: Tensor | float = 0.0) -> Tensor:
-        """Mean product of slack and multiplier after the slacks have moved by x, (tasks, 1, 1)."""
-        products = (self.upper - x) * point.above * self.has_upper + (self.lower + x) * point.below * self.has_lower
-        bounds = (self.has_upper + self.has_lower).sum((1, 2), keepdim=True)
-        return products.sum((1, 2), keepdim=True) / bounds.clamp_min(1)
-
-
-def start_inside(problem: Problem) -> Barrier:
-    force = _size(problem.linear).expand_as(problem.linear)
-    below = force.where(problem.lower.isfinite(), 0)
-    inside = problem.upper / 2  # strictly, but for entries with lower = upper
+    sign = torch.tensor([1.0, -1.0], dtype=problem.linear.dtype, device=problem.linear.device).view(2, 1, 1, 1)
+    bounds = torch.stack([problem.upper, problem.lower])  # (2, tasks, blocks, n), as all that has to do with bounds
+    has = bounds.isfinite() & (problem.lower < problem.upper)
+    free, bounded = has[0].double(), has.sum((0, 2, 3)).clamp_min(1).view(-1, 1, 1)
+    force, x = _size(problem.linear), problem.upper / 2  # x strictly inside, but for entries with lower = upper
     if problem.rows_sum_to_zero:
-        inside = inside - (inside.sum(1, keepdim=True) - inside) / max(inside.shape[1] - 1, 1)
-    return Barrier(inside, torch.zeros_like(problem.linear[:, :1]), force, below)
-
-
-def slacks(problem: Problem, x: Tensor) -> Slacks:
-    has_upper = problem.lower < problem.upper
-    has_lower = has_upper & problem.lower.isfinite()
-    upper = (problem.upper - x).where(has_upper, 1)
-    lower = (x - problem.lower).where(has_lower, 1)
-    return Slacks(upper, lower, has_upper.double(), has_lower.double())
-
-
-def barrier_step(problem: Problem, point: Barrier) -> Barrier:
-    """One predictor-corrector step (Mehrotra 1992); a task that is done, or whose step is not finite, stays."""
-    room = slacks(problem, point.x)
-    factors = factorise(problem, room.has_upper, point.above / room.upper + point.below / room.lower)
-    gap = room.gap(point)
-    guess = newton_direction(problem, point, room, factors, 0.0, 0.0)
-    reached = point.plus(longest_step(point, room, guess), guess)
-    centring = (room.gap(reached, reached.x - point.x) / gap).clamp(0, 1) ** 3 * gap
-    direction = newton_direction(
-        problem, point, room, factors, centring + guess.x * guess.above, centring - guess.x * guess.below
-    )
-    after = point.plus(0.995 * longest_step(point, room, direction), direction)
-    moves = (gap > CENTRED * _size(problem.linear) * _size(point.x)) & torch.stack(
-        [t.isfinite().all(2, keepdim=True).all(1, keepdim=True) for t in (after.x, after.above, after.below)]
-    ).all(0)
-    return Barrier(*(new.where(moves, old) for new, old in zip(after, point, strict=True)))
-
-
-def newton_direction(
-    problem: Problem, point: Barrier, room: Slacks, factors: Factors, above: Tensor | float, below: Tensor | float
-) -> Barrier:
-    """Newton's step towards slack * multiplier = `above` and `below`, and a vanishing gradient of the Lagrangian."""
-    slope = problem.descent(point.x) - point.nu
-    below = below * room.has_lower
-    x, nu = solve_free(factors, (slope - above / room.upper + below / room.lower) * room.has_upper, 0.0)
-    new_above = (above + point.above * x) / room.upper
-    new_below = (below - point.below * x) / room.lower
-    return Barrier(x, nu, (new_above - point.above) * room.has_upper, (new_below - point.below) * room.has_lower)
-
-
-def longest_step(point: Barrier, room: Slacks, direction: Barrier) -> Tensor:
-    """The part of a step, at most 1, that keeps slacks and multipliers positive, (tasks, 1, 1)."""
-    used = torch.stack(
-        [
-            direction.x / room.upper * room.has_upper,
-            -direction.x / room.lower * room.has_lower,
-            (-direction.above / point.above).where(room.has_upper > 0, 0),
-            (-direction.below / point.below).where(room.has_lower > 0, 0),
-        ]
-    )
-    return 1 / used.amax((0, 2, 3)).clamp_min(1).view(-1, 1, 1)
+        x = x - (x.sum(1, keepdim=True) - x) / max(x.shape[1] - 1, 1)
+    nu, multiplier = torch.zeros_like(x[:, :1]), force * has
+    for _ in range(BARRIER_STEPS):
+        room = (sign * (bounds - x)).where(has, 1)
+        factors = factorise(problem, free, (multiplier / room).sum(0))
+        slope = problem.descent(x) - nu
+        gap = (room * multiplier).sum((0, 2, 3)).view(-1, 1, 1)
+        target = torch.zeros_like(room)  # of room * multiplier: 0, then what corrects the step towards 0
+        for corrects in (False, True):
+            dx, dnu = solve_free(factors, slope - (sign * target / room).sum(0))
+            change = ((target + sign * multiplier * dx) / room - multiplier).where(has, 0)
+            used = torch.maximum(sign * dx / room, -change / multiplier).where(has, 0)
+            part = 1 / used.amax((0, 2, 3)).clamp_min(1).view(-1, 1, 1)  # the longest step inside the bounds
+            if not corrects:
+                left = ((room - sign * part * dx) * (multiplier + part * change)).sum((0, 2, 3)).view(-1, 1, 1)
+                target = ((left / gap).clamp(0, 1) ** 3 * gap / bounded + sign * dx * change) * has
+        part = 0.995 * part
+        new = (x + part * dx, nu + part * dnu, multiplier + part * change)
+        finite = (new[0] + new[2].sum(0)).sum((1, 2), keepdim=True).isfinite()
+        moves = (gap > CENTRED * bounded * force * _size(x)) & finite
+        x, nu, multiplier = (n.where(moves, old) for n, old in zip(new, (x, nu, multiplier), strict=True))
+        if not look(moves.any())[0]:
+            break
+    return next_sides(problem, x, (multiplier[0] - multiplier[1]) / force * _size(x))

@@ -65,20 +65,16 @@ def trained_options(state: Mapping[str, Any], file: Path, changes: Changes) -> O
     config_file = changes.get("name_of_args_json_file")
     if "options" in state:
         if config_file:
-            raise UserError(
-                f"{file} holds the options of its training; --config is for official checkpoints, which do not"
-            )
+            raise UserError(f"{file} holds its training's options; --config is for official checkpoints, which do not")
         return Options.from_mapping(state["options"], str(file))
     config = read_json(Path(config_file)) if config_file else {}
     if "embedding" in state:
         return metaoptnet_options(state, file, config, changes)
     found = infer_options(state["network"])
     if not config:
+        assumed = f"the recipe's shot, rate and steps, and images of {found['image_height']} pixels scaled to [0, 1]"
         log.warning(
-            "%s does not say how it was trained; assumed are the published recipe's shot, rate and steps, images of %d "
-            "pixels scaled to [0, 1]. Name its JSON file with --config",
-            file,
-            found["image_height"],
+            "%s does not say how it was trained; assumed are %s. Name its JSON file with --config", file, assumed
         )
     sides = {name: config[name] for name in ("image_height", "image_width") if name in config}
     # What the weights prove wins over the file, which official programs do not follow in every key.
@@ -86,7 +82,7 @@ def trained_options(state: Mapping[str, Any], file: Path, changes: Changes) -> O
 
 
 def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, Any], changes: Changes) -> Options:
-    """Return those of an official MetaOptNet checkpoint, which holds weights only: the rest is its published recipe's.
+    """Return the options of an official MetaOptNet checkpoint, which holds weights only: the rest is its recipe's.
 
     What it was trained on is --dataset, unless --config says otherwise.
     """
@@ -94,10 +90,8 @@ def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, A
         raise UserError(f"{file} does not say which head it was trained with; name it: --head SVM, for example")
     dataset = config.get("dataset_name", changes.get("test_datasets"))
     if not dataset or "," in dataset:
-        raise UserError(
-            f"{file} does not say what it was trained on; name that data set with --dataset, or as "
-            "dataset_name in a JSON file with --config"
-        )
+        cure = "name that data set with --dataset, or as dataset_name in a JSON file with --config"
+        raise UserError(f"{file} does not say what it was trained on; {cure}")
     if "dataset_name" not in config:
         log.warning("%s does not say what it was trained on; assumed is %s, its size and colours", file, dataset)
     assumed = {"learner": "head", "dataset_name": dataset, "head": changes["head"]}
@@ -105,7 +99,7 @@ def metaoptnet_options(state: Mapping[str, Any], file: Path, config: dict[str, A
 
 
 def trained_normalization(state: Mapping[str, Any], options: Options) -> Normalization:
-    """Return that of the checkpoint; an official one was normalised by the statistics of its train split, if at all."""
+    """Return the checkpoint's; an official one was normalised by its train split's statistics, if at all."""
     if "options" in state or options.normalization == "unit":
         return state.get("normalization")
     if options.normalization == "published":
@@ -126,17 +120,13 @@ def check_alike(states: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> N
 
 def test_options(trained: Options, changes: Changes) -> Options:
     """Return the options of training, with a test's changes; UserError where the model cannot do that."""
-    if changes.get("batch_norm") in ("per_step", "running") and not trained.tracks_statistics:
-        raise UserError(
-            f"--batch_norm {changes['batch_norm']} needs statistics that training did not keep; train with "
-            "--per_step_bn_statistics true or --batch_norm running"
-        )
+    if (norm := changes.get("batch_norm", "transductive")) != "transductive" and not trained.tracks_statistics:
+        cure = "train with --per_step_bn_statistics true or --batch_norm running"
+        raise UserError(f"--batch_norm {norm} needs statistics that training did not keep; {cure}")
     if "head" in changes and "number_of_evaluation_steps_per_iter" in changes:
         raise UserError("--steps counts inner steps, which --head takes the place of; leave one of them out")
-    if changes.get("backbone", trained.backbone) != trained.backbone:
-        raise UserError(
-            f"--network {changes['backbone']} is not what was trained, which is {trained.backbone}; leave it out"
-        )
+    if (network := changes.get("backbone", trained.backbone)) != trained.backbone:
+        raise UserError(f"--network {network} is not what was trained, which is {trained.backbone}; leave it out")
     return changed(trained, DEFAULTS | changes)
 
 
@@ -158,9 +148,7 @@ def score(files: Sequence[Path], changes: Changes, rehearsal: Path | None = None
     model = build_learner(device, options)
     first = files[0].resolve()
     folder = rehearsal or (first.parent.parent if first.parent.name == "saved_models" else first.parent)
-    labels = [first.name]
-    if len(files) > 1:
-        labels.append("ensemble of " + ", ".join(path.name for path in files))
+    labels = [first.name, "ensemble of " + ", ".join(path.name for path in files)][: len(files)]
     loaded = list(zip(files, states, strict=True))
     meta_test(model, options, loaded, labels, trained_normalization(states[0], options), folder)
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.iteration import machine  # noqa: E402
 from classification_heads import ClassificationHead, one_hot_of_ranks  # noqa: E402
-from qp_solvers import solve_crammer_singer  # noqa: E402
+from qp_solvers import crammer_singer, solve  # noqa: E402
 from utils.devices import keep_freed_memory  # noqa: E402
 from utils.tables import aligned  # noqa: E402
 
@@ -92,7 +92,7 @@ def exact(data: Data) -> tuple[Tensor, Tensor]:
     wide = [t.double().cpu() for t in (data.query, data.support, data.weight)]
     one_hot = one_hot_of_ranks(data.labels.cpu(), WAY)
     kernel = wide[1] @ wide[1].mT
-    guess = solve_crammer_singer(kernel, one_hot, C).dual
+    guess = solve(crammer_singer(kernel, one_hot, C)).x.mT
     found = [dense(*parts) for parts in zip(*wide, kernel, one_hot, guess, strict=True)]
     return torch.stack([logits for logits, _ in found]), torch.stack([gradient for _, gradient in found])
 

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -49,9 +49,8 @@ def members(
         for name, size, opener in _zip_files(path, origin) if is_zip else _tar_files(path):
             if wanted(name):
                 if size > max_bytes:
-                    raise UserError(
-                        f"{name!r} in {path} unpacks to {size / 1e6:,.0f} MB, more than it can need: not unpacked"
-                    )
+                    what = f"{name!r} in {path} unpacks to {size / 1e6:,.0f} MB"
+                    raise UserError(f"{what}, more than it can need: not unpacked")
                 with opener() as file:
                     yield name, file.read(size)
 
@@ -64,7 +63,20 @@ def open_zip(path: Path, origin: str) -> Iterator[zipfile.ZipFile]:
     whatever size it declares, unless the reader says how many bytes it wants.
     """
     with _explained(path, origin), zipfile.ZipFile(path) as archive:
-        _check_zip(archive, path)
+        infos = archive.infolist()
+        _check_unpacked(sum(info.file_size for info in infos), path)
+        for number, info in enumerate(infos, start=1):
+            if not info.filename:
+                raise zipfile.BadZipFile("a member has no name")
+            info.filename = info.filename.replace("\\", "/")  # as some programs write them
+            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
+            _check_member(number, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), path)
+            if info.flag_bits & 1:
+                raise UserError(f"{path} is encrypted: unpack it with its password and pack it again without one")
+            if info.compress_type not in ZIP_METHODS:
+                method = zipfile.compressor_names.get(info.compress_type, info.compress_type)  # type: ignore[attr-defined]
+                what = f"{info.filename!r} in {path} is packed with {method}, of which too much could come out"
+                raise UserError(f"{what}: not unpacked. Pack it again as an ordinary zip (deflate)")
         yield archive
 
 
@@ -81,10 +93,9 @@ def _explained(path: Path, origin: str) -> Iterator[None]:
             RecursionError, ValueError, OSError) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 have no error type of their own
             raise
-        what = f"is damaged or not an archive of its kind ({error})."
-        if is_web_page(path):
-            what = "is a web page, not an archive: the download went wrong."
-        raise UserError(f"{path} {what} Fetch {origin} again") from error
+        is_page, what = is_web_page(path), f"is damaged or not an archive of its kind ({error})"
+        what = "is a web page, not an archive: the download went wrong" if is_page else what
+        raise UserError(f"{path} {what}. Fetch {origin} again") from error
 
 
 def is_web_page(path: Path) -> bool:
@@ -97,26 +108,6 @@ def _first_bytes(path: Path) -> bytes:
         return file.read(64)
 
 
-def _check_zip(archive: zipfile.ZipFile, path: Path) -> None:
-    """Check what the list of members declares. Names that were written with backslashes get slashes."""
-    infos = archive.infolist()
-    _check_unpacked(sum(info.file_size for info in infos), path)
-    for number, info in enumerate(infos, start=1):
-        if not info.filename:
-            raise zipfile.BadZipFile("a member has no name")
-        info.filename = info.filename.replace("\\", "/")
-        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on Unix
-        _check_member(number, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), path)
-        if info.flag_bits & 1:
-            raise UserError(f"{path} is encrypted: unpack it with its password and pack it again without one")
-        if info.compress_type not in ZIP_METHODS:
-            method = zipfile.compressor_names.get(info.compress_type, info.compress_type)  # type: ignore[attr-defined]
-            raise UserError(
-                f"{info.filename!r} in {path} is packed with {method}, of which too much could come out: "
-                "not unpacked. Pack it again as an ordinary zip (deflate)"
-            )
-
-
 def _zip_files(path: Path, origin: str) -> Iterator[File]:
     with open_zip(path, origin) as archive:
         for info in archive.infolist():
@@ -127,9 +118,9 @@ def _zip_files(path: Path, origin: str) -> Iterator[File]:
 def _tar_files(path: Path) -> Iterator[File]:
     """Yield the files in one pass, which is all that a compressed tar of gigabytes allows."""
     first = _first_bytes(path)
-    with path.open("rb") as file:
-        opener = next((opener for magic, opener in COMPRESSED.items() if first.startswith(magic)), None)
-        stream: Any = _Limited(opener(file) if opener else file, path)
+    opener = next((opener for magic, opener in COMPRESSED.items() if first.startswith(magic)), nullcontext)
+    with path.open("rb") as file, opener(file) as unpacked:
+        stream: Any = _Limited(unpacked, path)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarHeader, bufsize=2**16) as archive:
             for number, info in enumerate(iter(archive.next, None), start=1):
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all: 1 GB for tieredImageNet
@@ -185,7 +176,5 @@ def _check_member(number: int, name: str, is_plain_file: bool, path: Path) -> No
 def _check_unpacked(size: int, path: Path) -> None:
     packed = path.stat().st_size
     if size > max(MAX_RATIO * packed, FREE_BYTES):
-        raise UserError(
-            f"{path} takes {packed / 1e6:,.1f} MB but unpacks to {size / 1e6:,.0f} MB or more: "
-            "images do not shrink like that; it is built to fill your disk and was not unpacked"
-        )
+        what = f"{path} takes {packed / 1e6:,.1f} MB but unpacks to {size / 1e6:,.0f} MB or more"
+        raise UserError(f"{what}, as images never do: it is built to fill your disk and was not unpacked")

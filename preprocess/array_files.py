@@ -1,20 +1,20 @@
 """Data sets that come as arrays: pickles and npz files of pixels or of PNGs, with labels.
 
-Each function here yields the pictures of one split. Files are read as views or in chunks, so memory stays flat
-up to tieredImageNet's 9.5 GB.
+Each reader returns the images of one split, as (H, W, 3) pixels or PNG files, and the class name of each. Files are
+read as views or in chunks, so memory stays flat up to tieredImageNet's 9.5 GB.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from preprocess.archives import open_zip
 from preprocess.pickles import read_pickle, release
-from preprocess.sources import Source, of_pictures
+from preprocess.sources import Source
 from preprocess.staging import SPLITS
 from preprocess.writing import Picture
 from utils.errors import UserError
@@ -24,39 +24,43 @@ MAX_SIDE = 1024  # pixels
 MAX_LABEL = 2**31
 NAMED = 5  # entries of a dict that an error names
 RELEASE_EVERY = 1000  # images
-Reader = Callable[[list[Path], str], Iterator[Picture]]  # the files of a split, its name
+Images = tuple[Iterable[Any], list[str]]
+Reader = Callable[..., Images]  # of the name of a split and its files
 
 
-def source(name: str, files: dict[str, list[str]], read: Reader, origin: str, total: int) -> Source:
-    """Return a source of which each split has `files` of its own."""
+def source(origin: str, read: Reader, *patterns: str, train: str = "train") -> Source:
+    """Return a source with files of its own for each split; the split's name, or `train`, takes the place of {}."""
+    words = {"train": train, "val": "val", "test": "test"}
+    files = {split: [pattern.format(words[split]) for pattern in patterns] for split in SPLITS}
 
-    def pictures(folder: Path) -> Iterator[Picture]:
+    def from_folder(folder: Path) -> Iterator[Picture]:
         for split in SPLITS:
-            yield from read([folder / file for file in files[split]], split)
+            yield from pictures(read, split, *(folder / file for file in files[split]))
 
-    return of_pictures(name, [file for split in SPLITS for file in files[split]], origin, pictures, total)
-
-
-def each_split(*patterns: str) -> dict[str, list[str]]:
-    """Return the files of each split, whose name takes the place of {}."""
-    return {split: [pattern.format(split) for pattern in patterns] for split in SPLITS}
+    return Source(tuple(file for split in SPLITS for file in files[split]), origin, from_folder)
 
 
-def data_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def pictures(read: Reader, split: str, *files: Path) -> Iterator[Picture]:
+    images, class_names = read(split, *files)
+    for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
+        if index % RELEASE_EVERY == 0:
+            release(image)
+        yield Picture(split, class_name, f"{index:06d}.png", _content(image, files[0]))
+
+
+def data_and_labels(_: str, path: Path) -> Images:
     """Read MetaOptNet's pickles: 'data' (N, H, W, 3) and 'labels', ids that differ between splits; perhaps names."""
-    (path,) = paths
     content = _entries(path, "data", "labels")
     images, labels = _pixels(content["data"], path), _ids(content["labels"], path)
     names = content.get("catname2label")
     names = names if isinstance(names, dict) else {}
     name_of = {label: _text(name, path) for name, label in zip(names, _ids([*names.values()], path), strict=True)}
     _check_count(len(images), len(labels), path)
-    yield from _pictures(split, images, [name_of.get(label, f"class_{label:03d}") for label in labels])
+    return images, [name_of.get(label, f"class_{label:03d}") for label in labels]
 
 
-def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture]:
+def image_data_and_class_dict(_: str, path: Path) -> Images:
     """Read mini-imagenet-cache: 'image_data' (N, H, W, 3) and 'class_dict', class name -> places in it."""
-    (path,) = paths
     content = _entries(path, "image_data", "class_dict")
     images = _pixels(content["image_data"], path)
     if not isinstance(content["class_dict"], dict):
@@ -66,35 +70,22 @@ def image_data_and_class_dict(paths: list[Path], split: str) -> Iterator[Picture
     )
     if [index for index, _ in class_of] != list(range(len(images))):
         raise UserError(f"{path}: class_dict does not name each of the {len(images)} images once. Fetch it again")
-    yield from _pictures(split, images, [name for _, name in class_of])
+    return images, [name for _, name in class_of]
 
 
-def npz_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def npz_and_labels(split: str, npz: Path, labels: Path) -> Images:
     """Read tieredImageNet as MetaOptNet has it: 'images' in an npz, labels in a pickle."""
-    npz, labels = paths
     class_names = _tiered_labels(labels, split)
-    yield from _pictures(split, _npz_rows(npz, "images", len(class_names)), class_names)
+    return _npz_rows(npz, "images", len(class_names)), class_names
 
 
-def pngs_and_labels(paths: list[Path], split: str) -> Iterator[Picture]:
+def pngs_and_labels(split: str, path: Path, labels: Path) -> Images:
     """Read tieredImageNet as Ren et al. have it: a list of PNG files, labels in a second pickle."""
-    path, labels = paths
     class_names, pngs = _tiered_labels(labels, split), read_pickle(path)
     if not isinstance(pngs, list):
         raise UserError(f"{path} holds a {type(pngs).__name__}, not a list of PNG files")
     _check_count(len(pngs), len(class_names), path)
-    yield from _pictures(split, (_png(png, path) for png in pngs), class_names)
-
-
-def _pictures(
-    split: str, images: Iterable[np.ndarray | bytes | memoryview], class_names: list[str]
-) -> Iterator[Picture]:
-    """Yield pictures of pixels, (H, W, 3), or of PNG files."""
-    for index, (image, class_name) in enumerate(zip(images, class_names, strict=True)):
-        if index % RELEASE_EVERY == 0 and not isinstance(image, bytes):
-            release(image)
-        content = bytes(image) if isinstance(image, memoryview) else image
-        yield Picture(split, class_name, f"{index:06d}.png", content)
+    return pngs, class_names
 
 
 def _check_count(images: int, labels: int, path: Path) -> None:
@@ -112,17 +103,12 @@ def _tiered_labels(path: Path, split: str) -> list[str]:
     words = words.tolist() if isinstance(words, np.ndarray) else words
     if not isinstance(words, list):
         raise _unexpected(path, f"a {type(words).__name__} of class names")
-    names = {
-        label: _plain_name(split, label, _text(words[label], path) if label < len(words) else "")
-        for label in set(labels)
-    }
+    names: dict[int, str] = {}
+    for label in set(labels):
+        word = re.sub(r"\W+", "_", _text(words[label], path) if label < len(words) else "")[:60]
+        is_id = re.fullmatch(r"n\d{8}", word)  # of ImageNet; two classes may be called by the same other words
+        names[label] = word if is_id else f"{split}_{label:03d}_{word}".rstrip("_")
     return [names[label] for label in labels]
-
-
-def _plain_name(split: str, label: int, words: str) -> str:
-    """Return an ImageNet id as it is, other words after a number: two classes may be called the same."""
-    word = re.sub(r"\W+", "_", words)[:60]
-    return word if re.fullmatch(r"n\d{8}", word) else f"{split}_{label:03d}_{word}".rstrip("_")
 
 
 def _entries(path: Path, *keys: str) -> dict[Any, Any]:
@@ -170,18 +156,16 @@ def _text(name: Any, path: Path) -> str:
     return name if isinstance(name, str) else name.decode("latin1")
 
 
-def _png(png: Any, path: Path) -> np.ndarray | bytes | memoryview:
-    """Return a PNG file, which OpenCV gives as an array of bytes, Python 2 as text; or pixels."""
-    if isinstance(png, np.ndarray) and png.ndim == 3:
-        _check_pixels((1, *png.shape), png.dtype, path)
-        return png
-    if isinstance(png, np.ndarray) and png.dtype == np.uint8:
-        return png.reshape(-1).data
-    if isinstance(png, str) and max(png, default="") <= "\xff":
-        return png.encode("latin1")
-    if not isinstance(png, bytes | memoryview):
-        raise _unexpected(path, f"a {type(png).__name__} in the place of an image")
-    return png
+def _content(image: Any, path: Path) -> np.ndarray | bytes:
+    """Return pixels; or a PNG file, which OpenCV gives as an array of bytes, Python 2 as text."""
+    if isinstance(image, np.ndarray) and image.ndim == 3:
+        _check_pixels((1, *image.shape), image.dtype, path)
+        return image
+    if isinstance(image, str) and max(image, default="") <= "\xff":
+        return image.encode("latin1")
+    if isinstance(image, bytes | memoryview) or (isinstance(image, np.ndarray) and image.dtype == np.uint8):
+        return bytes(image)
+    raise _unexpected(path, f"a {type(image).__name__} in the place of an image")
 
 
 def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
@@ -191,27 +175,18 @@ def _npz_rows(path: Path, key: str, count: int) -> Iterator[np.ndarray]:
             held = ", ".join(map(repr, archive.namelist()[:NAMED])) or "nothing"
             raise UserError(f"{path} has no array {key!r}: it holds {held}")
         with archive.open(f"{key}.npy") as stream:
-            shape = _npy_shape(stream, path)
+            version = np.lib.format.read_magic(stream)
+            if version != (1, 0):  # the header of which takes 64 KiB at most
+                raise ValueError(f"an array of format {version}")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+            if fortran_order:
+                raise _unexpected(path, "an array in Fortran's order")
+            _check_pixels(shape, dtype, path)
             _check_count(shape[0], count, path)
             rows = max(1, CHUNK // math.prod(shape[1:]))
             for start in range(0, count, rows):
                 wanted = min(rows, count - start) * math.prod(shape[1:])
                 chunk = stream.read(wanted)
                 if len(chunk) < wanted:
-                    raise UserError(f"{path} ends too early: {key!r} has fewer than the {count} images it announces")
+                    raise EOFError(f"{key!r} has fewer than the {count} images it announces")
                 yield from np.frombuffer(chunk, np.uint8).reshape(-1, *shape[1:])
-
-
-def _npy_shape(stream: IO[bytes], path: Path) -> tuple[int, ...]:
-    """Return the shape of the images that begin in `stream`. Version 1 only: its header takes 64 KiB at most."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"an array of format {version}")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Fetch it again") from error
-    if fortran_order:
-        raise _unexpected(path, "an array in Fortran's order")
-    _check_pixels(shape, dtype, path)
-    return tuple(shape)

@@ -12,11 +12,10 @@ import numpy as np
 from preprocess import array_files
 from preprocess.archives import members
 from preprocess.pickles import loads
-from preprocess.sources import DataSet, Published, of_pictures, split_of_classes
+from preprocess.sources import DataSet, Published, Source, split_of_classes
 from preprocess.writing import Picture
 from utils.errors import UserError
 
-IMAGES = 60_000
 ZIP = "cifar100.zip"
 ZIP_ORIGIN = (
     "the CIFAR-FS archive of Bertinetto et al., which has all of CIFAR-100 (60,000 PNGs, about 134 MB), distributed "
@@ -26,19 +25,7 @@ OFFICIAL = "cifar-100-python.tar.gz"
 OFFICIAL_ORIGIN = "CIFAR-100, Python version, 169 MB: https://www.cs.toronto.edu/~kriz/cifar.html"
 OFFICIAL_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 OFFICIAL_BYTES = 2**28  # its largest member takes 155 MB
-
-
-def declare(name: str, train: int, val: int, test: int) -> DataSet:
-    pickles = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
-    md5 = ((OFFICIAL, OFFICIAL_MD5),)
-    sources = (
-        of_pictures(name, (ZIP,), ZIP_ORIGIN, partial(from_zip, name), IMAGES),
-        of_pictures(name, (OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), IMAGES, md5),
-        array_files.source(
-            name, array_files.each_split(name + "_{}.pickle"), array_files.data_and_labels, pickles, IMAGES
-        ),
-    )
-    return DataSet(name, sources, Published({"train": train, "val": val, "test": test}, 600))
+PICKLES_ORIGIN = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
 
 
 def from_zip(name: str, archives: Path) -> Iterator[Picture]:
@@ -68,15 +55,15 @@ def from_official(name: str, archives: Path) -> Iterator[Picture]:
     found = {_last(member): content for member, content in contents}
     if missing := [f"cifar-100-python/{part}" for part in parts if part not in found]:
         raise UserError(f"{path} lacks {', '.join(missing)}. Fetch {OFFICIAL_ORIGIN}")
-    read = {part: loads(found[part], f"cifar-100-python/{part} in {path}") for part in parts}
+    meta, *read = (loads(found[part], f"cifar-100-python/{part} in {path}") for part in parts)
     split_of = split_of_classes(name)
     try:
-        classes = read["meta"]["fine_label_names"]
-        for part in ("train", "test"):
-            pixels = read[part]["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
-            for file, label, image in zip(read[part]["filenames"], read[part]["fine_labels"], pixels, strict=True):
-                if classes[label] in split_of:
-                    yield Picture(split_of[classes[label]], classes[label], file, np.ascontiguousarray(image))
+        for part in read:
+            pixels = part["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
+            for file, label, image in zip(part["filenames"], part["fine_labels"], pixels, strict=True):
+                class_name = meta["fine_label_names"][label]
+                if class_name in split_of:
+                    yield Picture(split_of[class_name], class_name, file, np.ascontiguousarray(image))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{path} is not laid out as CIFAR-100 is ({error!r}). Fetch {OFFICIAL_ORIGIN}") from error
 
@@ -85,6 +72,13 @@ def _last(member: str) -> str:
     return member.rpartition("/")[2]
 
 
-CIFAR_FS = declare("CIFAR_FS", 64, 16, 20)
-FC100 = declare("FC100", 60, 20, 20)
-DATA_SETS = (CIFAR_FS, FC100)
+def _declare(name: str, **classes: int) -> DataSet:
+    sources = (
+        Source((ZIP,), ZIP_ORIGIN, partial(from_zip, name)),
+        Source((OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), {OFFICIAL: OFFICIAL_MD5}),
+        array_files.source(PICKLES_ORIGIN, array_files.data_and_labels, f"{name}_{{}}.pickle"),
+    )
+    return DataSet(name, sources, Published(classes, 600))
+
+
+DATA_SETS = (_declare("CIFAR_FS", train=64, val=16, test=20), _declare("FC100", train=60, val=20, test=20))

@@ -3,39 +3,40 @@
 `valid` and `validation` are val, and capitals do not matter.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from preprocess.archives import members
-from preprocess.sources import Source, of_pictures
+from preprocess.sources import Source
 from preprocess.staging import SPLIT_WORDS
 from preprocess.writing import Picture
 from utils.errors import UserError
 from utils.images import NOT_IMAGES, image_suffixes
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
-def source(name: str, archive: str, origin: str, total: int | None = None) -> Source:
-    """Return the source of data set `name` in the file `archive`."""
-    return of_pictures(name, (archive,), origin, lambda folder: pictures(folder / archive, origin), total)
+def source(archive: str, origin: str = "an archive of class folders {train,val,test}/CLASS/*") -> Source:
+    return Source((archive,), origin, lambda folder: pictures(folder / archive, origin))
 
 
 def any_source(name: str) -> tuple[Source, ...]:
     """Return the sources of data set `name` in NAME.zip, NAME.tar and so on."""
-    origin = "an archive of class folders {train,val,test}/CLASS/*"
-    return tuple(source(name, f"{name}{suffix}", origin) for suffix in SUFFIXES)
+    return tuple(source(name + suffix) for suffix in SUFFIXES)
 
 
 def pictures(path: Path, origin: str) -> Iterator[Picture]:
     """Yield the images in an archive's class folders, whatever folders these lie in. UserError if there are none.
 
-    Prints how many images lie elsewhere in the archive, and the first of them.
+    A warning says how many images lie elsewhere in the archive, and names the first of them.
     """
     found, others = False, []
 
     def wanted(name: str) -> bool:
-        if place(name) is None and _is_image(name):
+        if place(name) is None and _is_data(name) and PurePosixPath(name).suffix.lower() in image_suffixes():
             others.append(name)
         return place(name) is not None
 
@@ -49,7 +50,7 @@ def pictures(path: Path, origin: str) -> Iterator[Picture]:
         cure = f". It has {left}: unpack it and split its class folders with --from_folder" if others else ""
         raise UserError(f"{path} has no images {where}, so it is not {origin}{cure}")
     if others:
-        print(f"note: {path} has images that are not {where} and were left out: {left}")
+        log.warning("%s has images that are not %s and were left out: %s", path, where, left)
 
 
 def place(name: str) -> tuple[str, str, str] | None:
@@ -57,10 +58,10 @@ def place(name: str) -> tuple[str, str, str] | None:
 
     Only the last three parts count, so a class may be called `train` too.
     """
-    parts = PurePosixPath(name).parts
-    if len(parts) < 3 or parts[-3].lower() not in SPLIT_WORDS or not _is_data(name):
-        return None
-    return SPLIT_WORDS[parts[-3].lower()], parts[-2], parts[-1]
+    match PurePosixPath(name).parts:
+        case [*_, split, class_name, file] if split.lower() in SPLIT_WORDS and _is_data(name):
+            return SPLIT_WORDS[split.lower()], class_name, file
+    return None
 
 
 def _is_data(name: str) -> bool:
@@ -68,7 +69,3 @@ def _is_data(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = path.name.startswith(".") or path.parent.name.startswith(".") or "__MACOSX" in path.parts
     return not hidden and path.name != "Icon\r" and path.suffix.lower() not in NOT_IMAGES
-
-
-def _is_image(name: str) -> bool:
-    return _is_data(name) and PurePosixPath(name).suffix.lower() in image_suffixes()

@@ -5,6 +5,7 @@ The images are copied, so the data set stays whole whatever becomes of the origi
 
 import argparse
 import csv
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from preprocess.writing import Picture, write_images
 from utils.errors import UserError
 from utils.images import Listing, image_suffixes, list_classes
 from utils.names import find_dataset, is_plain, leads_out
+
+log = logging.getLogger(__name__)
 
 NAMED = 5  # missing files that an error names
 CURE = "Mend what is named, or move it out of the way, then run the same command again"  # of unreadable images
@@ -42,25 +45,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def maker(options: argparse.Namespace) -> Maker | None:
     """Return what fills an empty folder as the options say; None without --from_folder. UserError for bad options."""
-    if options.from_folder is None:
-        if any(value is not None for value in (options.split, options.seed, options.csv)):
+    source, split, seed, csv_files = options.from_folder, options.split, options.seed, options.csv
+    if source is None:
+        if any(value is not None for value in (split, seed, csv_files)):
             raise UserError("--split, --seed and --csv say how to split --from_folder DIR: give that too")
         return None
-    _check_place(options.from_folder, options.datasets, options.dataset_dir)
-    if (options.split is None) == (options.csv is None):
+    _check_place(source, options.datasets, options.dataset_dir)
+    if (split is None) == (csv_files is None):
         raise UserError("--from_folder needs either --split TRAIN VAL TEST or --csv FILE ..., and not both")
-    made = f"--from_folder {options.from_folder.resolve()}"
-    if options.csv is None:
-        fractions, seed = options.split, options.seed or 0
-        _check_split(fractions, seed)
-        shares = " ".join(map(str, fractions))
-        return Maker(
-            partial(split_folder, options.from_folder, fractions, seed), f"{made} --split {shares} --seed {seed}"
-        )
-    if options.seed is not None:
-        raise UserError("--seed goes with --split: CSV files leave nothing to chance")
-    files = [str(_locate(options.from_folder, path).resolve()) for path in options.csv]
-    return Maker(partial(from_csv, options.from_folder, options.csv), f"{made} --csv {' '.join(files)}")
+    made = f"--from_folder {source.resolve()}"
+    if split is None:
+        if seed is not None:
+            raise UserError("--seed goes with --split: CSV files leave nothing to chance")
+        files = " ".join(str(_locate(source, path).resolve()) for path in csv_files)
+        return Maker(partial(from_csv, source, csv_files), f"{made} --csv {files}")
+    seed = seed or 0
+    if not all(share > 0 for share in split) or not math.isclose(sum(split), 1, abs_tol=1e-6):
+        shares = " ".join(f"{share:g}" for share in split)
+        needed = "three positive shares that sum to 1, as 0.64 0.16 0.2 do"
+        raise UserError(f"--split {shares} sums to {sum(split):g}: it needs {needed}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} is not between 0 and 2**32 - 1")
+    shares = " ".join(map(str, split))
+    return Maker(partial(split_folder, source, split, seed), f"{made} --split {shares} --seed {seed}")
 
 
 def _check_place(source: Path, names: Sequence[str], dataset_dir: Path) -> None:
@@ -70,36 +77,28 @@ def _check_place(source: Path, names: Sequence[str], dataset_dir: Path) -> None:
         raise UserError(f"--from_folder {source} is not a folder")
     target = find_dataset(dataset_dir, names[0])
     if source.resolve().is_relative_to(target.resolve()):
-        raise UserError(
-            f"--from_folder {source} lies where the data set would be made, {target}, and must stay as it is: "
-            "give another --datasets name"
-        )
-    if dataset_dir.resolve().is_relative_to(source.resolve()):
-        raise UserError(
-            f"the data set would be made in {dataset_dir}, inside --from_folder {source}, which must stay as it is: "
-            "choose another --dataset_dir"
-        )
-
-
-def _check_split(fractions: Sequence[float], seed: int) -> None:
-    if not all(fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise UserError(
-            f"--split {' '.join(f'{fraction:g}' for fraction in fractions)} sums to {sum(fractions):g}: it needs three "
-            "positive shares that sum to 1, as 0.64 0.16 0.2 do"
-        )
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed} is not between 0 and 2**32 - 1")
+        where, cure = f"lies where the data set would be made, {target},", "give another --datasets name"
+    elif dataset_dir.resolve().is_relative_to(source.resolve()):
+        where, cure = f"has the folder of data sets, {dataset_dir}, in it", "choose another --dataset_dir"
+    else:
+        return
+    raise UserError(f"--from_folder {source} {where} and must stay as it is: {cure}")
 
 
 # --- class folders -----------------------------------------------------------------------------------------
 
 
 def split_folder(source: Path, fractions: Sequence[float], seed: int, folder: Path) -> Contents:
-    """Copy `source`/CLASS/* to `folder`/SPLIT/CLASS/*, the classes split by `draw_split`. A note names other images.
+    """Copy `source`/CLASS/* to `folder`/SPLIT/CLASS/*, the classes split by `draw_split`; warn of other images.
 
     UserError for fewer than three classes, a class without images, unreadable images, and splits in place of classes.
     """
-    _refuse_split(source)
+    folders = {path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if "train" in folders and folders <= set(SPLITS):  # a class may well be called train
+        raise UserError(
+            f"{source} is split already, into {', '.join(sorted(folders))}: it needs no --from_folder. "
+            "Copy or link it to DATASET_DIR/NAME"
+        )
     listing = list_classes(source)
     split_of = draw_split(list(listing.class_sizes), fractions, seed)
     _note_others(listing)
@@ -109,15 +108,13 @@ def split_folder(source: Path, fractions: Sequence[float], seed: int, folder: Pa
 
 
 def _note_others(listing: Listing) -> None:
-    """Print a note on images that are not directly in a class folder."""
+    """Warn of images that are not directly in a class folder."""
     taken = {listing.root / file for file in listing.files}
     images = (path for path in listing.root.rglob("*") if path.suffix.lower() in image_suffixes() and path.is_file())
     others = sorted(path for path in images if path not in taken and not _is_hidden(path.relative_to(listing.root)))
     if others:
-        print(
-            f"note: {len(others)} images are not directly in a class folder {listing.root}/CLASS and are left out, "
-            f"{str(others[0])!r} among them"
-        )
+        where = f"directly in a class folder {listing.root}/CLASS"
+        log.warning("%d images are not %s and are left out, %r among them", len(others), where, str(others[0]))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -129,16 +126,6 @@ def _read_image(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the image {str(path)!r}: {error.strerror}. {CURE}") from error
-
-
-def _refuse_split(source: Path) -> None:
-    """Raise UserError where the folders are train, val and test; a class may well be called train."""
-    folders = {path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if "train" in folders and folders <= set(SPLITS):
-        raise UserError(
-            f"{source} is split already, into {', '.join(sorted(folders))}: it needs no --from_folder. "
-            "Copy or link it to DATASET_DIR/NAME"
-        )
 
 
 def draw_split(class_names: Sequence[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
@@ -177,10 +164,8 @@ def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
     """
     rows = read_rows(source, csv_files)
     _check_words(rows)
-    paths = _find_images(source, rows)
-    pictures = (
-        Picture(row.split, row.label, path.name, _read_image(path)) for row, path in zip(rows, paths, strict=True)
-    )
+    places = zip(rows, _find_images(source, rows), strict=True)
+    pictures = (Picture(row.split, row.label, path.name, _read_image(path)) for row, path in places)
     return write_images(folder, pictures, str(source), len(rows), CURE)
 
 
@@ -189,29 +174,21 @@ def read_rows(source: Path, csv_files: Sequence[Path]) -> list[Row]:
 
     A file that is not found as it is named is looked for in `source`.
     """
-    if len(csv_files) not in (1, len(SPLITS)):
-        raise UserError(
-            f"--csv needs train.csv val.csv test.csv, or one file with a column split; not {len(csv_files)}"
-        )
     if len(csv_files) == 1:
-        cells = _read(source, csv_files[0], ("filename", "label", "split"))
-        return [Row(where, file, label, _split_of(word, where)) for where, (file, label, word) in cells]
+        return list(_read(source, csv_files[0], ("filename", "label", "split")))
+    if len(csv_files) != len(SPLITS):
+        found = len(csv_files)
+        raise UserError(f"--csv needs train.csv val.csv test.csv, or one file with a column split; not {found}")
     rows = []
     for split, path in zip(SPLITS, csv_files, strict=True):
         if SPLIT_WORDS.get(path.stem.lower(), split) != split:
             raise UserError(f"--csv has {path.name} in the place of {split}: give train.csv val.csv test.csv, in order")
-        rows += [Row(where, file, label, split) for where, (file, label) in _read(source, path, ("filename", "label"))]
+        rows += _read(source, path, ("filename", "label"), split)
     return rows
 
 
-def _split_of(word: str, where: str) -> str:
-    if word.lower() not in SPLIT_WORDS:
-        raise UserError(f"{where}: split {word!r} is none of {', '.join(SPLITS)}")
-    return SPLIT_WORDS[word.lower()]
-
-
-def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield place and cells of the columns, line by line. UserError where the file or a cell is missing."""
+def _read(source: Path, path: Path, columns: Sequence[str], split: str = "") -> Iterator[Row]:
+    """Yield the lines. UserError where the file or a cell is missing, or a split is none."""
     try:
         with _locate(source, path).open(newline="", encoding="utf-8-sig") as file:
             lines = csv.DictReader(file, strict=True)
@@ -224,7 +201,10 @@ def _read(source: Path, path: Path, columns: Sequence[str]) -> Iterator[tuple[st
                 where = f"{path}, line {lines.line_num}"
                 if not all(cells):
                     raise UserError(f"{where}: {' or '.join(columns)} is missing")
-                yield where, cells
+                name, label, word = [*cells, split][:3]
+                if word.lower() not in SPLIT_WORDS:
+                    raise UserError(f"{where}: split {word!r} is none of {', '.join(SPLITS)}")
+                yield Row(where, name, label, SPLIT_WORDS[word.lower()])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}); it is looked for as given, then in {source}") from error
 
@@ -243,10 +223,8 @@ def _check_words(rows: Sequence[Row]) -> None:
             raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, is hidden or odd")
         before = first.setdefault(row.label, row)
         if before.split != row.split:
-            raise UserError(
-                f"class {row.label!r} is in two splits, {before.split} ({before.where}) and {row.split} ({row.where}): "
-                "a class belongs to one of them"
-            )
+            both = f"{before.split} ({before.where}) and {row.split} ({row.where})"
+            raise UserError(f"class {row.label!r} is in two splits, {both}: a class belongs to one of them")
     if empty := [split for split in SPLITS if split not in {row.split for row in rows}]:
         raise UserError(f"the CSV files have no class for {' and '.join(empty)}: each split needs at least one")
 
@@ -256,16 +234,15 @@ def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
 
     Images of two classes may have one name, where they lie in folders of their own.
     """
-    places = [(source / row.file, source / row.label / row.file) for row in rows]
-    paths = [next(filter(Path.is_file, pair), None) for pair in places]
-    if missing := [f"{row.file} ({row.where})" for row, path in zip(rows, paths, strict=True) if path is None]:
-        raise UserError(
-            f"{len(missing)} of {len(rows)} listed images are neither at {source}/FILENAME nor at "
-            f"{source}/LABEL/FILENAME: {first_of(missing, NAMED)}"
-        )
-    found = [path for path in paths if path]
+    found: list[Path] = []
+    missing: list[str] = []
     listed: dict[Path | tuple[str, str], Row] = {}
-    for row, path in zip(rows, found, strict=True):
+    for row in rows:
+        path = next(filter(Path.is_file, (source / row.file, source / row.label / row.file)), None)
+        if path is None:
+            missing.append(f"{row.file} ({row.where})")
+            continue
+        found.append(path)
         for key in (path, (row.label, path.name)):  # the second: where it would be copied to
             before = listed.setdefault(key, row)
             if before is not row:
@@ -273,4 +250,9 @@ def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
                     f"{row.where}: {row.file} of class {row.label!r} is there already as {before.file} of class "
                     f"{before.label!r} ({before.where}): list an image once, or rename one of the two"
                 )
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} listed images are neither at {source}/FILENAME nor at "
+            f"{source}/LABEL/FILENAME: {first_of(missing, NAMED)}"
+        )
     return found

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import matplotlib
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.images import open_image, plain_image
@@ -14,7 +13,7 @@ from utils.report import short_name
 
 CLASSES, IMAGES = 6, 10  # shown of a split; of a class
 SIDE, GAP = 72, 4  # pixels: longer side of an image; between two
-NAME, HEADING, LINE = 118, 26, 13  # pixels: width of a class name; height of a split's heading, of a name's line
+NAME, HEADING = 118, 26  # pixels: width of a class name; height of a split's heading
 INK, FAINT, PAPER = "#111827", "#4b5563", "#e5e7eb"  # paper darker than white: one sees where an image ends
 
 Item = TypeVar("Item")
@@ -32,13 +31,16 @@ def contact_sheet(folder: Path, files: Mapping[str, Sequence[str]]) -> Image.Ima
     height = sum(HEADING + min(CLASSES, len(of_split)) * (SIDE + GAP) for of_split in classes.values())
     sheet = Image.new("RGB", (NAME + IMAGES * (SIDE + GAP), height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
+    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has more scripts than Pillow's own
+    large, small = ImageFont.truetype(font, 13), ImageFont.truetype(font, 11)
     top = 0
     for split, of_split in classes.items():
         heading = f"{split}: {len(of_split):,} classes, {len(files[split]):,} images"
-        draw.text((GAP, top + 6), heading, fill=INK, font=_font(13))
+        draw.text((GAP, top + 6), heading, fill=INK, font=large)
         top += HEADING
         for of_class in spread(of_split, CLASSES):
-            _draw_name(draw, top, of_class[0].partition("/")[0])
+            name = short_name(of_class[0].partition("/")[0].encode(errors="replace").decode())  # it may be no Unicode
+            draw.text((NAME - GAP, top + SIDE / 2), name, fill=FAINT, font=small, anchor="rm", align="right")
             for column, file in enumerate(spread(of_class, IMAGES)):
                 image = _load(folder / split / file)
                 left = NAME + column * (SIDE + GAP)
@@ -53,25 +55,11 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _draw_name(draw: ImageDraw.ImageDraw, top: int, class_name: str) -> None:
-    lines = short_name(class_name.encode(errors="replace").decode()).split("\n")  # a name need not be valid Unicode
-    for line, text in enumerate(lines):
-        middle = top + SIDE / 2 + (line - (len(lines) - 1) / 2) * LINE
-        draw.text((NAME - GAP, middle), text, fill=FAINT, font=_font(11), anchor="rm")
-
-
 def _load(path: Path) -> Image.Image:
     """Return the picture, in its own proportions, at most SIDE pixels wide and high."""
     with open_image(path) as opened:
         image = plain_image(opened)
-    longer = max(image.size)
-    if longer > SIDE:
-        width, height = (max(1, round(side * SIDE / longer)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    factor = SIDE // longer
-    return Image.fromarray(np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's font, which has more scripts than Pillow's own."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    if factor := SIDE // max(image.size):
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preprocess.archives import members
-from preprocess.sources import DataSet, Published, of_pictures, split_of_classes
+from preprocess.sources import DataSet, Published, Source, split_of_classes
 from preprocess.staging import first_of
 from preprocess.writing import Picture
 from utils.errors import UserError
@@ -29,21 +29,19 @@ def photos(archives: Path) -> Iterator[Picture]:
     for name, content in members(path, ORIGIN, lambda name: bool(LIST.fullmatch(name) or IMAGE.fullmatch(name))):
         image = IMAGE.fullmatch(name)
         if image is None:  # the list: a number and CLASS/FILE in each line
-            listed = [
-                line.split(" ", 1)[1].strip() for line in content.decode(errors="replace").splitlines() if " " in line
-            ]
+            listed = re.findall(r"^\S* +(.*?)\s*$", content.decode(errors="replace"), re.MULTILINE)
         elif image[2] not in split_of:
             raise UserError(f"{path} has a class {image[1]!r}, which is none of CUB's 200. Fetch {ORIGIN}")
         else:
             found.add(f"{image[1]}/{image[3]}")
             yield Picture(split_of[image[2]], image[1], image[3], content)
-    if missing := [name for name in listed if name not in found]:
+    if missing := [repr(name) for name in listed if name not in found]:
         raise UserError(
             f"{ARCHIVE} lacks {len(missing):,} of the {len(listed):,} photos that its images.txt lists: "
-            f"{first_of([repr(name) for name in missing], 3)}. Fetch {ORIGIN}"
+            f"{first_of(missing, 3)}. Fetch {ORIGIN}"
         )
 
 
 # Photos per split are not published.
 PUBLISHED = Published({"train": 100, "val": 50, "test": 50}, {"all": IMAGES})
-DATA_SETS = (DataSet("CUB", (of_pictures("CUB", (ARCHIVE,), ORIGIN, photos, IMAGES, ((ARCHIVE, MD5),)),), PUBLISHED),)
+DATA_SETS = (DataSet("CUB", (Source((ARCHIVE,), ORIGIN, photos, {ARCHIVE: MD5}),), PUBLISHED),)

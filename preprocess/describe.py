@@ -7,13 +7,12 @@ Its 60,000 images take 15 to 25 seconds on 2 cores, 0.3 GB of memory. The contac
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 if not __package__:  # run as a script: Python looks for modules in this folder, not in the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -26,6 +25,8 @@ from utils import entry
 from utils.errors import UserError
 from utils.images import list_classes
 from utils.names import find_dataset, missing_dataset
+from utils.progress import set_up_logging
+from utils.tables import aligned
 
 SHOWN = 5  # of duplicates and of unreadable files
 SIZES_SHOWN = 3  # a split with more different image sizes gets their range
@@ -37,79 +38,64 @@ def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[
     A built-in data set that is missing is made. UserError for any other, for one that is incomplete, for a class
     without images, and for an `output` that is not a PNG file or cannot be written.
     """
-    folder = _find(name, dataset_dir)
-    output = output or Path(f"{folder.name}_contact_sheet.png")
-    if output.suffix.lower() != ".png" or not output.resolve().parent.is_dir():
-        raise UserError(f"the contact sheet cannot be {output}: give --output a .png file in a folder that exists")
-    splits = {split: survey(list_classes(folder / split)) for split in staging.SPLITS if (folder / split).is_dir()}
-    _save(contact_sheet(folder, {split: pictures.files for split, pictures in splits.items()}), output)
-    what = [f"{folder.name} in {folder}", published_note(folder)]
-    sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
-    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
-
-
-def _find(name: str, dataset_dir: Path) -> Path:
     ensure_builtin(name, dataset_dir)
     folder = find_dataset(dataset_dir, name)
     if not folder.is_dir():
         raise missing_dataset(dataset_dir, name)
     staging.check_complete(folder)
-    return folder
-
-
-def _save(sheet: Image.Image, output: Path) -> None:
-    png = BytesIO()
-    sheet.save(png, "png")
+    output = output or Path(f"{folder.name}_contact_sheet.png")
+    if output.suffix.lower() != ".png" or not output.resolve().parent.is_dir():
+        raise UserError(f"the contact sheet cannot be {output}: give --output a .png file in a folder that exists")
+    splits = {split: survey(list_classes(folder / split)) for split in staging.SPLITS if (folder / split).is_dir()}
+    sheet = contact_sheet(folder, {split: pictures.files for split, pictures in splits.items()})
     try:
-        output.write_bytes(png.getvalue())
+        sheet.save(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}. Choose another place with --output") from error
-
-
-# --- the text ----------------------------------------------------------------------------------------------
+    what = [f"{folder.name} in {folder}", published_note(folder)]
+    sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
+    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
 
 
 def table(splits: Mapping[str, Pictures]) -> str:
     """Return a table with a column for each split."""
-    rows: dict[str, Callable[[Pictures], str]] = {
-        "classes": lambda pictures: f"{len(_class_sizes(pictures)):,}",
-        "images": lambda pictures: f"{len(pictures.files):,}",
-        "images per class": lambda pictures: _range(_class_sizes(pictures)),
-        "width x height": lambda pictures: "\n".join(image_sizes(pictures.sizes)),
-        "stored as": lambda pictures: "\n".join(_kinds(pictures)),
-        "mean, R G B": lambda pictures: _channels(pictures.mean),
-        "std, R G B": lambda pictures: _channels(pictures.std),
+    rows: dict[str, Callable[[Pictures], list[str]]] = {
+        "classes": lambda pictures: [f"{len(_class_sizes(pictures)):,}"],
+        "images": lambda pictures: [f"{len(pictures.files):,}"],
+        "images per class": lambda pictures: [_range(_class_sizes(pictures))],
+        "width x height": lambda pictures: image_sizes(pictures.measured["size"]),
+        "stored as": _kinds,
+        "mean, R G B": lambda pictures: [_channels(pictures.mean_and_std()[0])],
+        "std, R G B": lambda pictures: [_channels(pictures.mean_and_std()[1])],
     }
-    cells = [["", *splits], *([title, *map(cell, splits.values())] for title, cell in rows.items())]
-    lines = [line for row in cells for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("   ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    cells = [[[title], *map(cell, splits.values())] for title, cell in rows.items()]
+    lines = [line for row in cells for line in zip_longest(*row, fillvalue="")]
+    return "\n".join(aligned([("", *splits), *lines]))
 
 
-def _class_sizes(pictures: Pictures) -> np.ndarray:
-    return np.unique([file.partition("/")[0] for file in pictures.files], return_counts=True)[1]
+def _class_sizes(pictures: Pictures) -> list[int]:
+    return list(Counter(file.partition("/")[0] for file in pictures.files).values())
 
 
-def _range(counts: np.ndarray) -> str:
-    low, high = int(counts.min()), int(counts.max())
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def image_sizes(sizes: np.ndarray) -> list[str]:
     """Return a line for each different size of (N, 2) widths and heights, or the range if they are many."""
-    different, counts = np.unique(sizes, axis=0, return_counts=True)
+    different = Counter(map(tuple, sizes.tolist())).most_common()
     if len(different) == 1:
-        return ["{}x{}".format(*different[0])]
+        return ["{}x{}".format(*different[0][0])]
     if len(different) <= SIZES_SHOWN:
-        order = np.argsort(-counts, kind="stable")
-        return ["{}x{}: {:,}".format(*different[i], counts[i]) for i in order]
+        return [f"{width}x{height}: {count:,}" for (width, height), count in different]
     named = {"min": sizes.min(axis=0), "median": np.median(sizes, axis=0).astype(int), "max": sizes.max(axis=0)}
     lines = [f"{word} {width}x{height}" for word, (width, height) in named.items()]
     return [*lines, f"{len(different):,} different"]
 
 
 def _kinds(pictures: Pictures) -> list[str]:
-    kinds = pictures.kinds.most_common()
+    kinds = Counter(pictures.measured["kind"].tolist()).most_common()
     return [kind if len(kinds) == 1 else f"{kind}: {count:,}" for kind, count in kinds]
 
 
@@ -130,6 +116,7 @@ def shared_classes(splits: Mapping[str, Pictures]) -> str:
 
 
 def duplicates(splits: Mapping[str, Pictures]) -> str:
+    """Return how many pictures are there twice, and some of those that are in two splits."""
     groups = identical(splits)
     in_classes, in_splits, elsewhere = count_pairs(groups)
     across = [group for group in groups if len({path.partition("/")[0] for path in group}) > 1]
@@ -160,6 +147,7 @@ def _list(title: str, items: Sequence[str], count: int | None = None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    set_up_logging()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="data set, for example CIFAR_FS")
     parser.add_argument("--dataset_dir", type=Path, default=Path("datasets"), help="where it is (%(default)s)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from preprocess.sources import DataSet, of_pictures
+from preprocess.sources import DataSet, Source
 from preprocess.writing import Picture
 
 SIDE = 32
@@ -30,4 +30,4 @@ def digits(_: Path) -> Iterator[Picture]:
         counts[str(label)] += 1
 
 
-DATA_SETS = (DataSet("digits", (of_pictures("digits", (), "", digits, 1797),)),)
+DATA_SETS = (DataSet("digits", (Source((), "", digits),)),)

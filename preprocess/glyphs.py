@@ -6,18 +6,17 @@ scripts. A picture is a function of data set, character and index alone: the sam
 
 import math
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from preprocess.sources import DataSet, Source
-from preprocess.staging import Contents
+from preprocess.writing import Picture
 from utils.errors import UserError
-from utils.images import list_classes
 
 # Chosen once and written down, because classes must not change with the fonts or libraries of a machine.
 # Candidates were letters that do not decompose (no accents) and symbols of categories Sm and So, in at least
@@ -48,8 +47,7 @@ FONT_SIZE = 64
 Colours = Callable[[np.random.RandomState], tuple[np.ndarray, np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """A style says how far the pictures of a data set vary; each of them draws uniformly from every range."""
 
     name: str
@@ -81,24 +79,19 @@ PLAIN = Style("glyphs", 0, 15, 0.15, (18, 22), 1.1, 3, dark_on_light, 5)
 COLOUR = Style("glyphs_colour", 1, 25, 0.25, (16, 24), 1.25, 4, any_on_texture, 8)
 
 
-def draw(style: Style, folder: Path) -> Contents:
-    """Draw every class of `style` into `folder`/SPLIT/CLASS, and a contact sheet beside the splits.
+def pictures(style: Style, _: Path) -> Iterator[Picture]:
+    """Yield the pictures of every class of `style`. UserError where the installed matplotlib's fonts lack a character.
 
-    UserError where the installed matplotlib's fonts lack a character.
+    Each is the same whatever was drawn before.
     """
-    from preprocess.contact_sheet import contact_sheet  # here, because most who import this module never draw
-
     faces = faces_of("".join(CHARACTERS.values()))
-    contents = {
-        split: {class_name(character): IMAGES_PER_CLASS for character in CHARACTERS[split]} for split in CHARACTERS
-    }
-    classes = [(split, character) for split in CHARACTERS for character in CHARACTERS[split]]
-    for split, character in tqdm(classes, desc=style.name, unit=" classes", disable=None):
-        draw_class(style, character, faces[character], folder / split / class_name(character))
-    contact_sheet(folder, {split: list_classes(folder / split).files for split in contents}).save(
-        folder / "contact_sheet.png"
-    )
-    return contents
+    random = np.random.RandomState()  # its streams are the same in every numpy
+    for split, character in [(split, character) for split, each in CHARACTERS.items() for character in each]:
+        masks = [ink_mask(character, face) for face in faces[character]]
+        for index in range(IMAGES_PER_CLASS):
+            random.seed([style.seed, ord(character), index])
+            pixels = picture(style, masks[random.randint(len(masks))], random)
+            yield Picture(split, class_name(character), f"{index:02d}.png", pixels)
 
 
 def class_name(character: str) -> str:
@@ -130,16 +123,6 @@ def faces_of(characters: str) -> dict[str, list[ImageFont.FreeTypeFont]]:
     return faces
 
 
-def draw_class(style: Style, character: str, faces: list[ImageFont.FreeTypeFont], folder: Path) -> None:
-    folder.mkdir(parents=True)
-    masks = [ink_mask(character, face) for face in faces]
-    random = np.random.RandomState()  # its streams are the same in every numpy
-    for index in range(IMAGES_PER_CLASS):
-        random.seed([style.seed, ord(character), index])
-        image = picture(style, masks[random.randint(len(masks))], random)
-        image.save(folder / f"{index:02d}.png", compress_level=1)
-
-
 def ink_mask(character: str, face: ImageFont.FreeTypeFont) -> Image.Image:
     """Return the character's ink, white on black, cut to its ink box."""
     canvas = Image.new("L", (4 * FONT_SIZE, 4 * FONT_SIZE))
@@ -147,11 +130,12 @@ def ink_mask(character: str, face: ImageFont.FreeTypeFont) -> Image.Image:
     return canvas.crop(canvas.getbbox())
 
 
-def picture(style: Style, mask: Image.Image, random: np.random.RandomState) -> Image.Image:
+def picture(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.ndarray:
+    """Return (SIDE, SIDE, 3) uint8."""
     coverage = place(style, mask, random)[..., None]
     ink, paper = style.colours(random)
     pixels = paper + (ink - paper) * coverage + random.normal(0, style.noise, (SIDE, SIDE, 1))
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def place(style: Style, mask: Image.Image, random: np.random.RandomState) -> np.ndarray:
@@ -182,8 +166,4 @@ def _slack(style: Style, side: float) -> float:
     return min(max((SIDE - side) / 2 - 1, 0), style.shift)
 
 
-def _declare(style: Style) -> DataSet:
-    return DataSet(style.name, (Source((), "", lambda _, folder: draw(style, folder)),))
-
-
-DATA_SETS = (_declare(PLAIN), _declare(COLOUR))
+DATA_SETS = tuple(DataSet(style.name, (Source((), "", partial(pictures, style)),)) for style in (PLAIN, COLOUR))

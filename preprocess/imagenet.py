@@ -3,29 +3,19 @@
 miniImageNet is 600 images of each of 64/16/20 classes; tieredImageNet all of 351/97/160, split by superclass.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from preprocess import class_archives
-from preprocess.array_files import (
-    data_and_labels,
-    each_split,
-    image_data_and_class_dict,
-    npz_and_labels,
-    pngs_and_labels,
-    source,
-)
-from preprocess.sources import DataSet, Published, Source, of_pictures, split_of_classes
+from preprocess import array_files, class_archives
+from preprocess.sources import DataSet, Published, Source, split_of_classes
 from preprocess.writing import Picture
 from utils.errors import UserError
 
+log = logging.getLogger(__name__)
+
 FOLDER = "ImageNet"
-MINI = Published({"train": 64, "val": 16, "test": 20}, 600)
-TIERED = Published(
-    {"train": 351, "val": 97, "test": 160},
-    {"train": 448_695, "val": 124_261, "test": 206_209},
-)
 METAOPTNET = "https://github.com/kjunelee/MetaOptNet"
 REN = "https://github.com/renmengye/few-shot-ssl-public"
 
@@ -33,7 +23,7 @@ REN = "https://github.com/renmengye/few-shot-ssl-public"
 def linked(name: str, images_per_class: int | None, archives: Path) -> Iterator[Picture]:
     """Yield links to the first images by name of each class, or to all, of ImageNet in class folders.
 
-    Prints how many classes have none, as most have in a sample. UserError where no class has any.
+    A warning says how many classes have none, as most have in a sample. UserError where no class has any.
     """
     root = archives / FOLDER
     root = root / "train" if (root / "train").is_dir() else root
@@ -49,66 +39,56 @@ def linked(name: str, images_per_class: int | None, archives: Path) -> Iterator[
         lacks = f"{root} has no {missing[0]}/*.JPEG; it lacks {len(missing)} of the {len(split_of)} classes of {name}"
         if len(missing) == len(split_of):
             raise UserError(f"{lacks}: add them")
-        print(f"note: {lacks}")
+        log.warning(lacks)
 
 
-def _folders(name: str, images_per_class: int | None, published: Published) -> Source:
+def _folders(name: str, images_per_class: int | None) -> Source:
     which = f"the first {images_per_class}" if images_per_class else "all"
     origin = (
         "the training images of ILSVRC 2012, or a link to them, as ImageNet/nXXXXXXXX/*.JPEG or ImageNet/train/…; "
         f"{which} of each class are linked, not copied: https://image-net.org"
     )
-    return of_pictures(name, (FOLDER,), origin, partial(linked, name, images_per_class), published.total)
+    return Source((FOLDER,), origin, partial(linked, name, images_per_class))
 
 
 MINI_IMAGENET = DataSet(
     "mini_imagenet",
     (
         class_archives.source(
-            "mini_imagenet",
             "mini_imagenet_full_size.tar.bz2",
             "the class folders of MAML++, images at full size: "
             "https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch",
-            MINI.total,
         ),
-        source(
-            "mini_imagenet",
-            each_split("miniImageNet_category_split_{}.pickle")
-            | {"train": ["miniImageNet_category_split_train_phase_train.pickle"]},
-            data_and_labels,
+        array_files.source(
             f"MetaOptNet's pickles, 84x84: {METAOPTNET}",
-            MINI.total,
+            array_files.data_and_labels,
+            "miniImageNet_category_split_{}.pickle",
+            train="train_phase_train",
         ),
-        source(
-            "mini_imagenet",
-            each_split("mini-imagenet-cache-{}.pkl"),
-            image_data_and_class_dict,
+        array_files.source(
             f"the pickles of Ren et al., 84x84: {REN}, https://www.kaggle.com/datasets/whitemoon/miniimagenet",
-            MINI.total,
+            array_files.image_data_and_class_dict,
+            "mini-imagenet-cache-{}.pkl",
         ),
-        _folders("mini_imagenet", 600, MINI),
+        _folders("mini_imagenet", 600),
     ),
-    MINI,
+    Published({"train": 64, "val": 16, "test": 20}, 600),
 )
 TIERED_IMAGENET = DataSet(
     "tiered_imagenet",
     (
-        source(
-            "tiered_imagenet",
-            each_split("{}_images.npz", "{}_labels.pkl"),
-            npz_and_labels,
+        array_files.source(
             f"MetaOptNet's arrays, 84x84: {METAOPTNET}",
-            TIERED.total,
+            array_files.npz_and_labels,
+            *("{}_images.npz", "{}_labels.pkl"),
         ),
-        source(
-            "tiered_imagenet",
-            each_split("{}_images_png.pkl", "{}_labels.pkl"),
-            pngs_and_labels,
+        array_files.source(
             f"the pickles of Ren et al., 84x84: {REN}",
-            TIERED.total,
+            array_files.pngs_and_labels,
+            *("{}_images_png.pkl", "{}_labels.pkl"),
         ),
-        _folders("tiered_imagenet", None, TIERED),
+        _folders("tiered_imagenet", None),
     ),
-    TIERED,
+    Published({"train": 351, "val": 97, "test": 160}, {"train": 448_695, "val": 124_261, "test": 206_209}),
 )
 DATA_SETS = (MINI_IMAGENET, TIERED_IMAGENET)

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.archives import members, open_zip
-from preprocess.sources import DataSet, Published, of_pictures
-from preprocess.staging import Contents
+from preprocess.sources import DataSet, Published, Source
 from preprocess.writing import Picture
 from utils.errors import UserError
 from utils.images import open_image
@@ -38,67 +37,57 @@ MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.AS
 def pictures(archives: Path) -> Iterator[Picture]:
     """Yield the drawings of both archives, made small, of classes ALPHABET_characterNN.
 
-    UserError, before the first, where an archive is missing or has not all its drawings.
+    UserError, before the first, where an archive has not all its drawings.
     """
-    drawings = {archives / f"{archive}.zip": _drawings(archives / f"{archive}.zip", archive) for archive in ARCHIVES}
-    contents = split_classes({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
-    split_of = {class_name: split for split, classes in contents.items() for class_name in classes}
+    drawings = {path: _drawings(path) for path in (archives / f"{archive}.zip" for archive in ARCHIVES)}
+    split_of = draw_split({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
     for path, of_archive in drawings.items():
         for name, content in members(path, ORIGIN, of_archive.__contains__, MAX_BYTES):
             class_name, file = of_archive[name]
             yield Picture(split_of[class_name], class_name, file, np.asarray(shrink(content, f"{name!r} in {path}")))
 
 
-def split_classes(names: set[str]) -> Contents:
-    """Return the classes of each split: a permutation of the sorted names, cut at 1150 and 1200.
+def draw_split(names: set[str]) -> dict[str, str]:
+    """Return class name -> split: a permutation of the sorted names, cut at 1150 and 1200.
 
     UserError where they are not 1623, as when a character is in both archives.
     """
     wanted = sum(SPLIT_SIZES.values())
     if len(names) != wanted:
-        raise UserError(
-            f"{' and '.join(ARCHIVES)} share {wanted - len(names)} characters: one of the zips is not Lake's"
-        )
+        shared = f"{' and '.join(ARCHIVES)} share {wanted - len(names)} characters"
+        raise UserError(f"{shared}: one of the zips is not Lake's. Fetch {ORIGIN}")
     order = np.random.RandomState(SPLIT_SEED).permutation(wanted)  # its streams are the same in every numpy
-    drawn = iter(np.array(sorted(names))[order].tolist())
-    return {
-        split: {name: IMAGES_PER_CLASS for name in sorted(next(drawn) for _ in range(size))}
-        for split, size in SPLIT_SIZES.items()
-    }
+    splits = np.repeat(list(SPLIT_SIZES), list(SPLIT_SIZES.values()))
+    return dict(zip(np.array(sorted(names))[order].tolist(), splits.tolist(), strict=True))
 
 
 def shrink(png: bytes, name: str) -> Image.Image:
     """Return the drawing at 28x28, one channel. UserError, which names it, if it is no readable image of 105x105."""
     try:
         with open_image(BytesIO(png)) as drawing:
-            if drawing.size == (DRAWN_SIDE, DRAWN_SIDE):
-                return drawing.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            reason = "its size is {}x{}".format(*drawing.size)
+            if drawing.size != (DRAWN_SIDE, DRAWN_SIDE):
+                raise ValueError("its size is {}x{}".format(*drawing.size))
+            return drawing.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     except Exception as error:  # Pillow's readers raise nearly any type on a damaged file
-        reason = str(error)
-    raise UserError(f"{name} is not a drawing of {DRAWN_SIDE}x{DRAWN_SIDE} pixels ({reason}). Fetch the archive again")
+        what = f"{name} is not a drawing of {DRAWN_SIDE}x{DRAWN_SIDE} pixels"
+        raise UserError(f"{what} ({error}). Fetch the archive again") from error
 
 
-def _drawings(path: Path, archive: str) -> dict[str, tuple[str, str]]:
+def _drawings(path: Path) -> dict[str, tuple[str, str]]:
     """Return member name -> class and file name. UserError if the archive has not all its characters and drawings."""
-    drawings = {}
     with open_zip(path, ORIGIN) as opened:
-        for name in opened.namelist():
-            match = MEMBER.fullmatch(name)
-            if match and match[1] == archive:
-                drawings[name] = f"{match[2]}_{match[3]}", match[4]
+        matches = [match for match in map(MEMBER.fullmatch, opened.namelist()) if match and match[1] == path.stem]
+    drawings = {match[0]: (f"{match[2]}_{match[3]}", match[4]) for match in matches}
     images = Counter(class_name for class_name, _ in drawings.values())
     odd = [name for name in images if images[name] != IMAGES_PER_CLASS]
-    if odd or len(images) != ARCHIVES[archive]:
+    if odd or len(images) != ARCHIVES[path.stem]:
         found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
         raise UserError(
-            f"{path} must hold {ARCHIVES[archive]} characters with {IMAGES_PER_CLASS} drawings "
-            f"each, at {archive}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
+            f"{path} must hold {ARCHIVES[path.stem]} characters with {IMAGES_PER_CLASS} drawings "
+            f"each, at {path.stem}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
         )
     return drawings
 
 
 PUBLISHED = Published(SPLIT_SIZES, IMAGES_PER_CLASS)
-DATA_SETS = (
-    DataSet("omniglot", (of_pictures("omniglot", MD5, ORIGIN, pictures, PUBLISHED.total, MD5.items()),), PUBLISHED),
-)
+DATA_SETS = (DataSet("omniglot", (Source(tuple(MD5), ORIGIN, pictures, MD5),), PUBLISHED),)

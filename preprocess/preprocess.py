@@ -9,6 +9,7 @@ line makes one of your own images. Any other NAME is made from an archive of cla
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,18 +23,23 @@ if not __package__:  # run as a script: Python looks for modules in this folder,
 from preprocess import class_archives, class_folders, staging
 from preprocess.sources import DataSet, check, choose, note, note_checksums
 from preprocess.staging import Maker
+from preprocess.writing import write_images
 from utils import entry
 from utils.errors import UserError
+from utils.images import list_classes
 from utils.names import KNOWN, canonical_name, find_dataset, is_plain
+from utils.progress import set_up_logging
+
+log = logging.getLogger(__name__)
 
 
 def declared(name: str) -> DataSet:
-    """Return the declaration of a data set, in any spelling; one that is not known has no sources of its own."""
-    name = canonical_name(name)
-    if name not in KNOWN:
-        return DataSet(name)
-    data_sets: Sequence[DataSet] = import_module(f"preprocess.{KNOWN[name].module}").DATA_SETS
-    return next(data_set for data_set in data_sets if data_set.name == name)
+    """Return the declaration of a data set, in any spelling; archives of class folders are sources of every one."""
+    data_set = DataSet(canonical_name(name), ())
+    if data_set.name in KNOWN:
+        module = import_module(f"preprocess.{KNOWN[data_set.name].module}")
+        data_set = next(known for known in module.DATA_SETS if known.name == data_set.name)
+    return data_set._replace(sources=data_set.sources + class_archives.any_source(data_set.name))
 
 
 def prepare(name: str, dataset_dir: Path, make: Maker | None = None) -> Path:
@@ -45,14 +51,14 @@ def prepare(name: str, dataset_dir: Path, make: Maker | None = None) -> Path:
     """
     target = find_dataset(dataset_dir, name)
     if staging.is_present(target):
-        print(f"{target} is there already and left alone: {staging.check_complete(target)}")
+        log.info("%s is there already and left alone: %s", target, staging.check_complete(target))
         if make:
             staging.check_made(target, make.made)
     else:
         staging.build(target, *(make or maker(name, dataset_dir)))
-        print(f"{target} is ready: {staging.check_complete(target)}")
+        log.info("%s is ready: %s", target, staging.check_complete(target))
     if difference := published_note(target):
-        print(difference)
+        log.warning(difference)
     return target
 
 
@@ -67,8 +73,8 @@ def maker(name: str, dataset_dir: Path) -> Maker:
     if not is_plain(name):
         raise UserError(f"--datasets {name!r} cannot be the name of a folder in {dataset_dir}")
     data_set = declared(name)
-    others = class_archives.any_source(data_set.name)
-    if not data_set.sources and not any(os.path.lexists(dataset_dir / source.needs[0]) for source in others):
+    archives = [dataset_dir / file for source in data_set.sources for file in source.needs]
+    if data_set.name not in KNOWN and not any(map(os.path.lexists, archives)):
         lower = {known.lower(): known for known in KNOWN}
         nearest = lower[get_close_matches(name.lower(), lower, n=1, cutoff=0)[0]]
         raise UserError(
@@ -76,28 +82,21 @@ def maker(name: str, dataset_dir: Path) -> Maker:
             f"For any other, put {name}.zip or {name}.tar with class folders {{train,val,test}}/CLASS/* into "
             f"{dataset_dir}, or split class folders of your own with --from_folder DIR --split 0.64 0.16 0.2"
         )
-    source = choose(data_set, others, dataset_dir)
+    source = choose(data_set, dataset_dir)
 
     def make(folder: Path) -> staging.Contents:
         note_checksums(source, dataset_dir)
-        contents = source.unpack(dataset_dir, folder)
+        total = data_set.published and data_set.published.total
+        contents = write_images(folder, source.pictures(dataset_dir), data_set.name, total)
         check(data_set.name, contents, data_set.published)
+        if not source.needs:
+            from preprocess.contact_sheet import contact_sheet  # here, because matplotlib takes long to import
+
+            sheet = contact_sheet(folder, {split: list_classes(folder / split).files for split in contents})
+            sheet.save(folder / "contact_sheet.png")
         return contents
 
     return Maker(make, " and ".join(source.needs))
-
-
-def _check_all(names: Sequence[str], dataset_dir: Path) -> None:
-    """Raise UserError that says of each data set which cannot be made why; before the first, which may take long."""
-    reasons = []
-    for name in names:
-        try:
-            if not is_plain(name) or not staging.is_present(find_dataset(dataset_dir, name)):
-                maker(name, dataset_dir)
-        except UserError as error:
-            reasons.append(str(error))
-    if reasons:
-        raise UserError("\n".join(reasons))
 
 
 def ensure_builtin(name: str, dataset_dir: Path) -> None:
@@ -107,6 +106,7 @@ def ensure_builtin(name: str, dataset_dir: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    set_up_logging()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", required=True, metavar="NAME", help=", ".join(KNOWN))
     parser.add_argument(
@@ -118,9 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    """Make all data sets; before the first, which may take long, look whether each can be made."""
     from_folder = class_folders.maker(options)
-    if not from_folder:
-        _check_all(options.datasets, options.dataset_dir)
+    reasons = []
+    for name in options.datasets if not from_folder else ():
+        try:
+            if not is_plain(name) or not staging.is_present(find_dataset(options.dataset_dir, name)):
+                maker(name, options.dataset_dir)
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError("\n".join(reasons))
     for name in options.datasets:
         prepare(name, options.dataset_dir, from_folder)
 

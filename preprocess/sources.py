@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from preprocess.staging import SPLITS, Contents, first_of
-from preprocess.writing import Picture, write_images
+from preprocess.writing import Picture
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # A sample, not a damaged archive: at most these shares of the published images and of the classes of each split.
 SAMPLE, SAMPLE_CLASSES = 0.1, 0.5
@@ -21,8 +24,8 @@ class Source(NamedTuple):
 
     needs: tuple[str, ...]  # files or folders, all of them, in the folder of archives; none where it is drawn
     origin: str  # what to fetch and where from
-    unpack: Callable[[Path, Path], Contents]  # folder of archives, empty folder to fill -> what is now in it
-    md5: tuple[tuple[str, str], ...] = ()  # of files in `needs`, where the publisher's is known
+    pictures: Callable[[Path], Iterable[Picture]]  # from the folder of archives
+    md5: Mapping[str, str] = {}  # of files in `needs`, where the publisher's is known
 
 
 class Published(NamedTuple):
@@ -42,29 +45,13 @@ class DataSet(NamedTuple):
     """A data set is declared once, in the DATA_SETS of the module that utils/names.py names for it."""
 
     name: str
-    sources: tuple[Source, ...] = ()  # the first whose files are there is taken
+    sources: tuple[Source, ...]  # the first whose files are there is taken
     published: Published | None = None
 
     @property
     def is_built_in(self) -> bool:
         """Return whether it can be made of nothing."""
         return any(not source.needs for source in self.sources)
-
-
-def of_pictures(
-    name: str,
-    needs: Iterable[str],
-    origin: str,
-    pictures: Callable[[Path], Iterable[Picture]],
-    total: int | None = None,
-    md5: Iterable[tuple[str, str]] = (),
-) -> Source:
-    """Return a source whose images come one by one: `pictures` takes the folder of archives."""
-
-    def unpack(archives: Path, folder: Path) -> Contents:
-        return write_images(folder, pictures(archives), name, total)
-
-    return Source(tuple(needs), origin, unpack, tuple(md5))
 
 
 def read_split(name: str) -> dict[str, list[str]]:
@@ -81,50 +68,45 @@ def split_of_classes(name: str) -> dict[str, str]:
 # --- which source is taken ---------------------------------------------------------------------------------
 
 
-def choose(data_set: DataSet, others: Sequence[Source], dataset_dir: Path) -> Source:
-    """Return the first of the data set's sources, then of the `others`, whose files are all there.
+def choose(data_set: DataSet, dataset_dir: Path) -> Source:
+    """Return the first of the data set's sources whose files are all there.
 
-    UserError, where there is none, that names a folder in the place of an archive or a link to nothing, or lists each
-    of the data set's forms and what to fetch for it.
+    UserError, where there is none, that names a folder in the place of an archive or a link to nothing, or lists the
+    forms and what to fetch for each.
     """
-    sources = (*data_set.sources, *others)
-    for source in sources:
-        if not _missing(source, dataset_dir):
+    forms: dict[str, list[str]] = {}  # origin -> files
+    missing: list[Path] = []
+    for source in data_set.sources:
+        lacks = [path for path in (dataset_dir / name for name in source.needs) if not _is_there(path)]
+        if not lacks:
             return source
-    for path in (dataset_dir / name for source in sources for name in _missing(source, dataset_dir)):
+        note = f" ({lacks[0]} is missing)" if len(lacks) < len(source.needs) else ""
+        forms.setdefault(source.origin, []).append(" and ".join(source.needs) + note)
+        missing += lacks
+    for path in missing:
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove the link")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not an archive. Put the archive there as it is (do not unpack it)")
-    forms = [_form(source, dataset_dir) for source in data_set.sources]
-    forms += [f"{' or '.join(source.needs[0] for source in others)}: {others[0].origin}"] if others else []
-    listed = "".join(f"\n  {form}" for form in forms)
     raise UserError(
         f"{data_set.name} cannot be made: its archive is missing. Fetch one of these and put it into {dataset_dir} "
-        f"as it is:{listed}"
+        "as it is:" + "".join(f"\n  {' or '.join(files)}: {origin}" for origin, files in forms.items())
     )
 
 
-def _missing(source: Source, dataset_dir: Path) -> list[str]:
-    paths = {name: dataset_dir / name for name in source.needs}
-    return [name for name, path in paths.items() if not (path.is_file() or (path.is_dir() and not path.suffix))]
-
-
-def _form(source: Source, dataset_dir: Path) -> str:
-    missing = _missing(source, dataset_dir)
-    there = f" ({dataset_dir / missing[0]} is missing)" if len(missing) < len(source.needs) else ""
-    return f"{' and '.join(source.needs)}{there}: {source.origin}"
+def _is_there(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and not path.suffix)
 
 
 def note_checksums(source: Source, dataset_dir: Path) -> None:
-    """Print a note for each archive that is not byte for byte the published one. Its contents decide, not this."""
-    for name, published in source.md5:
+    """Log whether each archive is byte for byte the published one. Its contents decide, not this."""
+    for name, published in source.md5.items():
         with (dataset_dir / name).open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found == published:
-            print(f"{name} has its publisher's checksum")
+            log.info("%s has its publisher's checksum", name)
         else:
-            print(f"note: {name} is not the published file (md5 {found}, not {published}): its contents are checked")
+            log.warning("%s is not the published file (md5 %s, not %s): its contents decide", name, found, published)
 
 
 # --- what it must hold -------------------------------------------------------------------------------------
@@ -132,10 +114,11 @@ def note_checksums(source: Source, dataset_dir: Path) -> None:
 
 def check(name: str, contents: Contents, published: Published | None) -> None:
     """Raise UserError for a class in two splits, and for differences from what the paper says; a sample passes."""
-    splits = Counter(class_name for classes in contents.values() for class_name in classes)
-    for class_name in (class_name for class_name, times in splits.items() if times > 1):
-        where = [split for split in contents if class_name in contents[split]]
-        raise UserError(f"class {class_name!r} of {name} is in {' and in '.join(where)}: splits must not overlap")
+    split_of: dict[str, str] = {}
+    for split, class_name in chain.from_iterable(((split, each) for each in contents[split]) for split in contents):
+        if split_of.setdefault(class_name, split) != split:
+            both = f"{split_of[class_name]} and in {split}"
+            raise UserError(f"class {class_name!r} of {name} is in {both}: splits must not overlap")
     differences = _differences(contents, published) if published else []
     if published and differences and not _is_sample(contents, published):
         raise UserError(
@@ -147,10 +130,8 @@ def check(name: str, contents: Contents, published: Published | None) -> None:
 def note(name: str, contents: Contents, published: Published) -> str:
     """Return a line that says how data set `name` differs from the published one; empty if it has as many images."""
     differences = _differences(contents, published)
-    if not differences:
-        return ""
     what = f"a sample of {name}," if _is_sample(contents, published) else f"{name}, but"
-    return f"note: this is {what} not the published data set: {first_of(differences, 5)}"
+    return f"this is {what} not the published data set: {first_of(differences, 5)}" if differences else ""
 
 
 def _differences(contents: Contents, published: Published) -> list[str]:
@@ -163,10 +144,10 @@ def _differences(contents: Contents, published: Published) -> list[str]:
             for class_name, images in classes.items()
         ]
     else:
-        images_in = {split: sum(classes.values()) for split, classes in contents.items()}
-        images_in["all"] = sum(images_in.values())
+        found_in = {split: sum(classes.values()) for split, classes in contents.items()}
+        found_in["all"] = sum(found_in.values())
         counts += [
-            ("it" if part == "all" else part, images_in.get(part, 0), wanted, "images")
+            ("it" if part == "all" else part, found_in.get(part, 0), wanted, "images")
             for part, wanted in published.images.items()
         ]
     return [

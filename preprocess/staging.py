@@ -40,7 +40,8 @@ def first_of(items: Sequence[str], most: int, separator: str = "; ") -> str:
 def build(target: Path, fill: Callable[[Path], Contents], made: str = "") -> None:
     """Make the data set folder `target`: `fill` writes into an empty folder and returns what must be in it.
 
-    UserError where images are missing then, or the disk is full or not writable; nothing is left behind.
+    UserError where images are missing then, or the disk is full or not writable; nothing is left behind. Where another
+    process built the same data set meanwhile, its folder stays and ours goes.
     """
     staging = target.with_name(f"{_staging_prefix(target)}{os.getpid()}")
     try:
@@ -50,15 +51,17 @@ def build(target: Path, fill: Callable[[Path], Contents], made: str = "") -> Non
         if missing := shortfall(expected, count_images(staging)):
             raise UserError(f"{target.name} came out incomplete and was not kept: {missing}")
         (staging / CONTENTS_FILE).write_text(json.dumps(expected | ({MADE: made} if made else {}), indent=1))
-        _publish(staging, target)
+        try:
+            staging.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"cannot build {target}: the disk is full. Free some space or choose another disk with "
-                "--dataset_dir, then run the same command again; nothing was left behind"
-            ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "the disk is full. Free some space" if is_full else f"{error}. Mend that"
         raise UserError(
-            f"cannot build {target}: {error}. Mend that, or choose another folder with --dataset_dir"
+            f"cannot build {target}: {cure} or choose another folder with --dataset_dir, then run the same command "
+            "again; nothing was left behind"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -88,15 +91,6 @@ def _is_another_process(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _publish(staging: Path, target: Path) -> None:
-    """Rename; where another process built the same data set meanwhile, its folder stays and ours goes."""
-    try:
-        staging.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-
-
 def is_present(target: Path) -> bool:
     """Return whether there is a data set at `target`, or anything else that must not be written over."""
     return target.is_file() or target.is_symlink() or (target.is_dir() and any(target.iterdir()))
@@ -110,12 +104,11 @@ def check_complete(target: Path) -> str:
             f"{target} is there but not complete: {missing}. Nothing was changed: "
             "move it away or delete it, then run the same command again"
         )
-    if not any(sum(classes.values()) for classes in found.values()):
+    images = {split: sum(classes.values()) for split, classes in found.items()}
+    if not any(images.values()):
         raise UserError(f"{target} {_why_no_images(target)}. Nothing was changed")
     held = "; ".join(
-        f"{split} {len(found[split])} classes, {sum(found[split].values())} images"
-        if found.get(split)
-        else f"no {split}"
+        f"{split} {len(found[split])} classes, {images[split]} images" if found.get(split) else f"no {split}"
         for split in SPLITS
     )
     if record is None:
@@ -157,9 +150,10 @@ def _read_record(target: Path) -> tuple[Contents, str] | None:
 
 def _why_no_images(target: Path) -> str:
     """Return in words what is at `target` in the place of {train,val,test}/CLASS/*."""
+    if target.is_symlink() and not target.exists():
+        return f"is a link to {os.readlink(target)}, which is not there"
     if not target.is_dir():
-        is_link = target.is_symlink()
-        return f"is a link to {os.readlink(target)}, which is not there" if is_link else "is a file, not a folder"
+        return "is a file, not a folder"
     folders = [path.name for path in target.iterdir() if path.is_dir() and not path.name.startswith(".")]
     if any(name.lower() not in SPLIT_WORDS for name in folders):
         return (
@@ -173,29 +167,29 @@ def _misnamed(target: Path) -> str:
     """Return in words which splits have folders of another name; empty if none has."""
     words = {path.name: SPLIT_WORDS.get(path.name.lower()) for path in sorted(target.iterdir()) if path.is_dir()}
     return "".join(
-        f"; {name}/ is not read, rename it to {split}/" for name, split in words.items() if split and split != name
+        f"; {name}/ is not read, rename it to {split}/" for name, split in words.items() if split not in (None, name)
     )
 
 
 def count_images(folder: Path) -> Contents:
     """Return the number of files per class of each split that exists, hidden files left out."""
     return {
-        split: {entry.name: _count_files(entry.path) for entry in os.scandir(folder / split) if entry.is_dir()}
+        split: {
+            entry.name: sum(not file.name.startswith(".") for file in os.scandir(entry))
+            for entry in os.scandir(folder / split)
+            if entry.is_dir()
+        }
         for split in SPLITS
         if (folder / split).is_dir()
     }
 
 
-def _count_files(folder: str) -> int:
-    return sum(not entry.name.startswith(".") for entry in os.scandir(folder))
-
-
 def shortfall(expected: Contents, found: Contents) -> str:
     """Return in words the first three classes with fewer images than expected; empty if there are none."""
     short = [
-        f"{split}/{class_name} has {found.get(split, {}).get(class_name, 0)} of {images} images"
+        f"{split}/{class_name} has {has} of {images} images"
         for split, classes in expected.items()
         for class_name, images in classes.items()
-        if found.get(split, {}).get(class_name, 0) < images
+        if (has := found.get(split, {}).get(class_name, 0)) < images
     ]
     return first_of(short, 3, ", ")

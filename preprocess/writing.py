@@ -48,7 +48,7 @@ def write_images(
     bad: list[str] = []
     Image.init()  # here, because threads that meet a rare format at once would not all find it
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
-        pieces = (pool.submit(_write, folder, piece) for piece in _pieces(_counted(folder, pictures, contents)))
+        pieces = (pool.submit(_write, folder, piece) for piece in _pieces(folder, pictures, contents))
         for unreadable, done in in_order(pieces, AHEAD):
             bad += unreadable
             bar.update(done)
@@ -58,56 +58,46 @@ def write_images(
     return contents
 
 
-def _counted(folder: Path, pictures: Iterable[Picture], contents: Contents) -> Iterator[Picture]:
-    """Yield the pictures; their classes are counted, and get a folder, on the way."""
-    for picture in pictures:
-        classes = contents.setdefault(picture.split, {})
-        is_new = picture.class_name not in classes
-        for name in (picture.class_name, picture.file) if is_new else (picture.file,):
-            if not is_plain(name):
-                raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
-        if is_new:
-            (folder / picture.split / picture.class_name).mkdir(parents=True, exist_ok=True)
-        classes[picture.class_name] = classes.get(picture.class_name, 0) + 1
-        yield picture
-
-
-def _pieces(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
+def _pieces(folder: Path, pictures: Iterable[Picture], contents: Contents) -> Iterator[list[Picture]]:
+    """Yield the pictures, several at a time; their classes are counted, and get a folder, on the way."""
     piece: list[Picture] = []
     size = 0
     for picture in pictures:
+        split, class_name, file, content = picture
+        for name in (class_name, file):
+            if not is_plain(name):
+                raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
+        classes = contents.setdefault(split, {})
+        if class_name not in classes:
+            (folder / split / class_name).mkdir(parents=True, exist_ok=True)
+        classes[class_name] = classes.get(class_name, 0) + 1
         piece.append(picture)
-        if not isinstance(picture.content, Path):  # of which nothing is in memory
-            size += len(picture.content) if isinstance(picture.content, bytes) else picture.content.nbytes
+        size += len(content) if isinstance(content, bytes) else getattr(content, "nbytes", 0)
         if len(piece) == PIECE or size > PIECE_BYTES:
             yield piece
             piece, size = [], 0
-    if piece:
-        yield piece
+    yield piece
 
 
 def _write(folder: Path, pictures: list[Picture]) -> tuple[list[str], int]:
     """Return place and reason of each unreadable image, and the number of all."""
     bad = []
     for split, class_name, file, content in pictures:
-        if isinstance(content, bytes) and (reason := why_unreadable(content)):
-            bad.append(f"{split}/{class_name}/{file} ({reason})")
+        path = folder / split / class_name / file
         try:
-            _write_new(folder / split / class_name / file, content)
+            if isinstance(content, Path):
+                path.symlink_to(content)
+                continue
+            with path.open("xb") as out:
+                if isinstance(content, np.ndarray):
+                    Image.fromarray(content).save(out, "PNG", compress_level=1)
+                    continue
+                out.write(content)
         except FileExistsError as error:
             raise UserError(f"class {class_name!r} has two images named {file}") from error
+        if reason := why_unreadable(content):
+            bad.append(f"{split}/{class_name}/{file} ({reason})")
     return bad, len(pictures)
-
-
-def _write_new(path: Path, content: bytes | np.ndarray | Path) -> None:
-    if isinstance(content, Path):
-        path.symlink_to(content)
-        return
-    with path.open("xb") as out:
-        if isinstance(content, bytes):
-            out.write(content)
-        else:
-            Image.fromarray(content).save(out, "PNG", compress_level=1)
 
 
 def why_unreadable(content: bytes) -> str:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification_heads import ClassificationHead, Episode, one_hot_of_ranks
 from learner import cross_entropy
 from meta_neural_network_architectures import DropBlock, ProtoNetConv64, R2D2Net, ResNet12Embedding
-from qp_solvers import solve_crammer_singer
+from qp_solvers import crammer_singer, solve
 from tests.golden import facts, load, recipes
 from utils.metaoptnet import learning_rate
 
@@ -77,11 +77,11 @@ class Golden:
         recorded = {name: self.arrays.get(f"{name}_{suffix}") for name in ours}
         return {name: relative_error(ours[name], array) for name, array in recorded.items() if array is not None}
 
-    def dual_error(self, suffix: str, dtype: torch.dtype, **options: Any) -> float:
+    def dual_error(self, suffix: str, dtype: torch.dtype, C_reg: float = 0.1) -> float:
         """Of SVM-CS, absolute."""
         query, support, labels, way = self.episode(dtype)
         one_hot = one_hot_of_ranks(labels, way)
-        dual = solve_crammer_singer(Episode(query, support, one_hot).kernel(), one_hot, **options).dual
+        dual = solve(crammer_singer(Episode(query, support, one_hot).kernel(), one_hot, C_reg)).x.mT
         return float(np.abs(dual.flatten(1).numpy() - self.arrays[f"dual_{suffix}"]).max())
 
 

@@ -135,7 +135,7 @@ def test_images_that_are_not_directly_in_a_class_folder_are_noted(
         (photos / name).write_bytes(png(1))
     split_folder(photos, THIRDS, 0, target / "without")
     said = capsys.readouterr().out
-    assert f"note: 2 images are not directly in a class folder {photos}/CLASS and are left out" in said
+    assert f"warning: 2 images are not directly in a class folder {photos}/CLASS and are left out" in said
     assert f"'{photos}/ant/more/9.PNG' among them" in said
 
 
@@ -303,7 +303,7 @@ def test_options_that_contradict_each_other_are_named(photos: Path, arguments: l
 def test_the_data_set_cannot_be_made_inside_the_users_folder(photos: Path, tmp_path: Path) -> None:
     split = ["--split", "0.6", "0.2", "0.2"]
     for inside in (photos, photos / "new", photos / ".." / "photos" / "ant"):
-        with pytest.raises(UserError, match=r"inside --from_folder .*must stay as it is: choose another --dataset_dir"):
+        with pytest.raises(UserError, match=r"in it and must stay as it is: choose another --dataset_dir"):
             maker(options("--from_folder", photos, *split, "--dataset_dir", inside))
     assert maker(options("--from_folder", photos, *split, "--dataset_dir", tmp_path))
     with pytest.raises(UserError, match=r"--from_folder .*README\.md is not a folder"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from classification_heads import HEADS, ClassificationHead, one_hot_of_ranks
-from qp_solvers import solve_crammer_singer
+from qp_solvers import crammer_singer, solve
 from tests.golden_metaoptnet import CASES, EXACT, QPTH, Golden
 from utils.errors import UserError
 
@@ -246,7 +246,7 @@ def test_ranks_count_distinct_ids() -> None:
 
 def test_rows_of_the_dual_sum_to_zero_and_give_the_logits() -> None:
     query, support, labels = episode()
-    dual = solve_crammer_singer(support @ support.mT, one_hot_of_ranks(labels, WAY)).dual
+    dual = solve(crammer_singer(support @ support.mT, one_hot_of_ranks(labels, WAY), 0.1)).x.mT
     assert dual.sum(2).abs().max() < 1e-15
     torch.testing.assert_close(query @ support.mT @ dual, ClassificationHead()(query, support, labels, WAY, 2))
 

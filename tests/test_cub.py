@@ -13,6 +13,7 @@ from preprocess import cub, staging
 from preprocess.preprocess import prepare
 from preprocess.sources import check, read_split
 from preprocess.staging import Contents
+from preprocess.writing import write_images
 from tests.made_archives import pack
 from utils.errors import UserError
 
@@ -24,7 +25,6 @@ def jpeg(colour: str = "green") -> bytes:
 
 
 JPEG = jpeg()
-UNPACK = cub.DATA_SETS[0].sources[0].unpack
 SMALL = {  # three classes of the published archive
     "001.Black_footed_Albatross": ["Black_Footed_Albatross_0001_796111.jpg", "Black_Footed_Albatross_0002_55.jpg"],
     "002.Laysan_Albatross": ["Laysan_Albatross_0001_545.jpg"],
@@ -62,7 +62,7 @@ def test_the_split_is_cxgrads_by_class_number(shared: Path) -> None:
 def test_photos_come_to_the_split_of_their_class_unchanged(tmp_path: Path, prefix: str, list_first: bool) -> None:
     write_archive(tmp_path, SMALL, prefix=prefix, list_first=list_first)
     (tmp_path / "CUB").mkdir()
-    contents = UNPACK(tmp_path, tmp_path / "CUB")
+    contents = write_images(tmp_path / "CUB", cub.photos(tmp_path), "CUB")
     assert contents == {
         "train": {"001.Black_footed_Albatross": 2},
         "val": {"002.Laysan_Albatross": 1},
@@ -117,7 +117,7 @@ def test_a_class_outside_the_200_is_an_error_and_hidden_files_are_no_photos(tmp_
     with pytest.raises(UserError, match=r"class '201\.Dodo', which is none of CUB's 200"):
         prepare("CUB", tmp_path)
     pack(tmp_path / cub.ARCHIVE, {"CUB_200_2011/images/001.Black_footed_Albatross/._1.jpg": b"of macOS"})
-    assert UNPACK(tmp_path, tmp_path / "CUB") == {}
+    assert write_images(tmp_path / "CUB", cub.photos(tmp_path), "CUB") == {}
 
 
 def sizes(total: int) -> Contents:
@@ -158,8 +158,8 @@ def test_an_unreadable_photo_is_named_and_an_archive_cut_short_is_damaged(
     archive = tmp_path / cub.ARCHIVE
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"CUB_200_2011\.tgz is damaged"):
-        UNPACK(tmp_path, tmp_path / "CUB")
+        write_images(tmp_path / "CUB", cub.photos(tmp_path), "CUB")
     monkeypatch.setattr(f"{__name__}.JPEG", JPEG[:300])
     write_archive(tmp_path, SMALL)
     with pytest.raises(UserError, match=r"4 images cannot be read.*001\.Black_footed_Albatross/Black_Footed"):
-        UNPACK(tmp_path, tmp_path / "other")
+        write_images(tmp_path / "other", cub.photos(tmp_path), "CUB")

@@ -17,7 +17,7 @@ from utils.synthetic import write_dataset
 
 
 @add_options
-class DecayOptions:
+class DecayOptions(Options):
     decay_test: bool = opt(False, "Decay: multiply weights by a learned factor, which the task sees again as its state")
     decay_start: float = opt(0.9, "Decay: the factor at the start", at_least=0)
 
@@ -26,7 +26,7 @@ class DecayOptions:
 class Decay(Rule):
     flag = "decay_test"
 
-    def __init__(self, loop: InnerLoop, options: Options) -> None:
+    def __init__(self, loop: InnerLoop, options: DecayOptions) -> None:
         super().__init__(loop, options)
         self.factor = torch.nn.Parameter(torch.tensor(options.decay_start))
 
@@ -42,7 +42,8 @@ class Decay(Rule):
 
 def test_a_rule_of_ones_own_is_an_option_with_help_bounds_and_checks() -> None:
     assert "--decay_test" in command_line_parser().format_help()
-    assert parse_args(["--decay_test"]).decay_test is True
+    options = parse_args(["--decay_test"])
+    assert isinstance(options, DecayOptions) and options.decay_test is True
     with pytest.raises(UserError, match="--decay_start is -1"):
         parse_args(["--decay_test", "--decay_start", "-1"])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.names import KNOWN, canonical_name, find_dataset
+from utils.names import KNOWN, canonical_name, find_dataset, turns_classes
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,18 @@ def test_every_spelling_finds_the_folder_in_any_spelling(tmp_path: Path, typed: 
     (tmp_path / on_disk).mkdir()
     (tmp_path / "cifar_fs.zip").touch()
     assert find_dataset(tmp_path, typed) == tmp_path / on_disk
+
+
+@pytest.mark.parametrize("typed", ["glyphs_colour", "glyphs_color", "Glyphs-Color"])
+@pytest.mark.parametrize("on_disk", ["glyphs_colour", "glyphs_color", "glyphs-color"])
+def test_color_and_colour_are_one_spelling(tmp_path: Path, typed: str, on_disk: str) -> None:
+    (tmp_path / on_disk).mkdir()
+    assert find_dataset(tmp_path, typed) == tmp_path / on_disk
+
+
+def test_classes_are_turned_where_the_data_set_says_so() -> None:
+    assert [name for name in KNOWN if turns_classes(name)] == ["omniglot"]
+    assert turns_classes("Omniglot-dataset") and not turns_classes("my_letters")
 
 
 def test_an_unknown_name_finds_its_folder_by_the_same_rule(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter, ImageFont
 from preprocess import digits, glyphs, omniglot, staging
 from preprocess.contact_sheet import contact_sheet
 from preprocess.preprocess import declared, ensure_builtin, main, prepare
+from preprocess.writing import write_images
 from tests.made_archives import pack, png
 from utils.errors import UserError
 from utils.images import list_classes
@@ -53,7 +54,7 @@ def test_a_complete_data_set_is_said_so_and_left_alone(
         line, note = printed.splitlines()
         assert line.startswith(("ready: train 8 classes", "there already and left alone: train 8 classes"))
         assert line.endswith("(made from cifar100.zip)")
-        assert note.startswith("note: this is a sample of CIFAR_FS, not the published data set: train has 8 classes")
+        assert note.startswith("warning: this is a sample of CIFAR_FS, not the published data set: train has 8 classes")
     assert folder.stat().st_mtime == 1 and left_in(tmp_path) == ["CIFAR_FS"]
 
 
@@ -82,10 +83,11 @@ def drawings_of(lake: dict[str, zipfile.ZipFile]) -> dict[str, tuple[str, str]]:
 
 def test_omniglot_is_split_as_mamlpp_does_in_size_and_always_alike(lake: dict[str, zipfile.ZipFile]) -> None:
     drawings = Counter(path.split("/")[0] for path in drawings_of(lake))
-    contents = omniglot.split_classes(set(drawings))
-    assert {split: len(classes) for split, classes in contents.items()} == {"train": 1150, "val": 50, "test": 423}
-    assert {name: images for classes in contents.values() for name, images in classes.items()} == drawings
-    assert [list(classes)[:2] for classes in contents.values()] == [
+    split_of = omniglot.draw_split(set(drawings))
+    assert Counter(split_of.values()) == {"train": 1150, "val": 50, "test": 423}
+    assert split_of.keys() == drawings.keys() and set(drawings.values()) == {20}
+    contents = {split: sorted(name for name in split_of if split_of[name] == split) for split in staging.SPLITS}
+    assert [classes[:2] for classes in contents.values()] == [
         ["Alphabet_of_the_Magi_character02", "Alphabet_of_the_Magi_character03"],
         ["Alphabet_of_the_Magi_character01", "Alphabet_of_the_Magi_character04"],
         ["Alphabet_of_the_Magi_character08", "Alphabet_of_the_Magi_character12"],
@@ -172,7 +174,7 @@ def test_what_is_no_omniglot_drawing_is_named(lake: dict[str, zipfile.ZipFile]) 
 
 def test_two_omniglot_archives_that_share_characters_are_refused() -> None:
     with pytest.raises(UserError, match="share 2 characters"):
-        omniglot.split_classes({f"a_character{i:04d}" for i in range(1621)})
+        omniglot.draw_split({f"a_character{i:04d}" for i in range(1621)})
 
 
 # ---------------------------------------------------------------- whole or not at all
@@ -277,7 +279,7 @@ def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path, capsys: pytest.
     assert prepare("CIFAR_FS", tmp_path) == tmp_path / "CIFAR-FS"
     said = capsys.readouterr().out
     assert "train 1 classes, 1 images; no val; no test (not built by this program" in said
-    assert "note: this is CIFAR_FS, but not the published data set: train has 1 classes, 63 fewer" in said
+    assert "warning: this is CIFAR_FS, but not the published data set: train has 1 classes, 63 fewer" in said
     (tmp_path / "glyphs" / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images in train/, val/ or test/"):
         prepare("glyphs", tmp_path)
@@ -467,7 +469,7 @@ def test_ensure_builtin_makes_what_is_missing_and_nothing_else(tmp_path: Path) -
 
 
 def test_digits_are_dark_on_light_rgb_pictures_of_a_test_split(tmp_path: Path) -> None:
-    contents = digits.DATA_SETS[0].sources[0].unpack(tmp_path, tmp_path)
+    contents = write_images(tmp_path, digits.digits(tmp_path), "digits")
     assert contents == staging.count_images(tmp_path)
     assert list(contents["test"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     zero = Image.open(tmp_path / "test" / "0" / "000.png")
@@ -505,18 +507,24 @@ def test_a_character_that_the_fonts_lack_is_an_error_not_a_lost_class() -> None:
         glyphs.faces_of("A漢")
 
 
+def draw_few(folder: Path, style: glyphs.Style, monkeypatch: pytest.MonkeyPatch, order: int = 1) -> None:
+    """Draw a class of each split, in this order or, for -1, in the other."""
+    few = list(zip(staging.SPLITS, FEW, strict=True))
+    monkeypatch.setattr(glyphs, "CHARACTERS", dict(few[::order]))
+    write_images(folder, glyphs.pictures(style, folder), style.name)
+
+
 @pytest.mark.parametrize("style", [glyphs.PLAIN, glyphs.COLOUR], ids=lambda style: style.name)
 def test_pictures_are_the_same_whatever_was_drawn_before(
-    style: glyphs.Style, faces: dict[str, list[ImageFont.FreeTypeFont]], tmp_path: Path
+    style: glyphs.Style, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for run, characters in (("once", FEW), ("again", FEW[::-1])):
-        for character in characters:
-            glyphs.draw_class(style, character, faces[character], tmp_path / run / glyphs.class_name(character))
+    draw_few(tmp_path / "once", style, monkeypatch)
+    draw_few(tmp_path / "again", style, monkeypatch, order=-1)
     once, again = files_in(tmp_path / "once"), files_in(tmp_path / "again")
     assert once == again
     corners = {Image.open(path).getpixel((0, 0)) for path in (tmp_path / "once").rglob("*.png")}
     assert len(corners) > 0.9 * len(once) == 0.9 * len(FEW) * glyphs.IMAGES_PER_CLASS  # no two draw the same paper
-    assert (tmp_path / "once" / "U+0416_CYRILLIC_CAPITAL_LETTER_ZHE" / "39.png").is_file()
+    assert (tmp_path / "once" / "val" / "U+0416_CYRILLIC_CAPITAL_LETTER_ZHE" / "39.png").is_file()
 
 
 def test_every_glyph_is_dark_on_light_and_inside_the_picture(
@@ -525,16 +533,15 @@ def test_every_glyph_is_dark_on_light_and_inside_the_picture(
     random = np.random.RandomState(0)
     for character in ALL_CHARACTERS:
         face = faces[character][random.randint(len(faces[character]))]
-        image = glyphs.picture(glyphs.PLAIN, glyphs.ink_mask(character, face), random)
+        image = Image.fromarray(glyphs.picture(glyphs.PLAIN, glyphs.ink_mask(character, face), random))
         ink = np.asarray(image.convert("L")) < 150
         assert (image.size, image.mode) == ((32, 32), "RGB")
         assert 0.01 < ink.mean() < 0.6, character
         assert not ink[[0, -1]].any() and not ink[:, [0, -1]].any(), f"{character} is cut off"
 
 
-def test_the_contact_sheet_shows_every_split(faces: dict[str, list[ImageFont.FreeTypeFont]], tmp_path: Path) -> None:
-    for split, character in zip(staging.SPLITS, FEW, strict=True):
-        glyphs.draw_class(glyphs.PLAIN, character, faces[character], tmp_path / split / glyphs.class_name(character))
+def test_the_contact_sheet_shows_every_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_few(tmp_path, glyphs.PLAIN, monkeypatch)
     sheet = np.asarray(
         contact_sheet(tmp_path, {split: list_classes(tmp_path / split).files for split in staging.SPLITS})
     )

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from utils.files import replace_file, write_csv
 from utils.tables import aligned
-
-CELL = (1.5, 0.7)  # inches
-LABELS = 2.6, 1.1  # inches left of the cells and above them
 
 
 def write_cross_domain(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
@@ -16,48 +13,30 @@ def write_cross_domain(folder: Path, results: Sequence[Mapping[str, Any]]) -> st
 
     `results` are those of `meta_test`; accuracies come in %, with the 95 % CI per episode.
     """
-    found = {(_row(result), result["dataset"]): result for result in results}
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
-    table = [[row, *(_cell(found[row, column]) for column in columns)] for row in rows]
-    header = ["model", *columns]
-    write_csv(folder / "logs" / "cross_domain.csv", [dict(zip(header, line, strict=True)) for line in table])
-    file = folder / "visual_outputs" / "cross_domain.png"
-    title = f"Trained on {results[0]['trained_on']}, {results[0]['way']}-way; accuracy in % ± 95 % CI per episode"
-    with replace_file(file) as handle:
-        _draw(handle, title, columns, table, [[found[row, column]["accuracy"] for column in columns] for row in rows])
-    return "\n".join([title, *aligned([["", *columns], *table]), f"Picture: {file}"])
-
-
-def _row(result: Mapping[str, Any]) -> str:
-    model = "ensemble" if "ensemble" in result["model"] else result["model"]
-    return f"{result['shot']}-shot, {model}"
-
-
-def _cell(result: Mapping[str, Any]) -> str:
-    return f"{100 * result['accuracy']:.2f} ± {100 * result['ci95_per_episode']:.2f}"
-
-
-def _draw(
-    handle: IO[bytes],
-    title: str,
-    columns: Sequence[str],
-    table: Sequence[Sequence[str]],
-    accuracies: Sequence[Sequence[float]],
-) -> None:
-    """Draw the table, a row's name first in each of its lines, with cells coloured by the accuracies in [0, 1]."""
     from matplotlib.figure import Figure  # slow to import, and not needed by those who test on one data set
 
-    wide, high = CELL[0] * len(columns), CELL[1] * len(table)
-    width, height = max(LABELS[0] + wide + 0.2, 8), LABELS[1] + high + 0.2
-    figure = Figure(figsize=(width, height), dpi=150)
-    axes = figure.add_axes((LABELS[0] / width, 0.2 / height, wide / width, high / height))
+    models = ["ensemble" if "ensemble" in result["model"] else result["model"] for result in results]
+    names = [f"{result['shot']}-shot, {model}" for result, model in zip(results, models, strict=True)]
+    found = {(name, result["dataset"]): result for name, result in zip(names, results, strict=True)}
+    rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
+    accuracies = [[found[row, column]["accuracy"] for column in columns] for row in rows]
+    cells = {key: f"{100 * one['accuracy']:.2f} ± {100 * one['ci95_per_episode']:.2f}" for key, one in found.items()}
+    table = [{"model": row} | {column: cells[row, column] for column in columns} for row in rows]
+    title = f"Trained on {results[0]['trained_on']}, {results[0]['way']}-way; accuracy in % ± 95 % CI per episode"
+    write_csv(folder / "logs" / "cross_domain.csv", table)
+
+    figure = Figure((max(2.8 + 1.5 * len(columns), 8), 1.3 + 0.7 * len(rows)), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=10, weight="bold", parse_math=False)
+    axes = figure.subplots()
     axes.imshow(accuracies, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, parse_math=False)
-    axes.set_yticks(range(len(table)), [row for row, *_ in table])
+    axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    for row, (_, *cells) in enumerate(table):
-        for column, text in enumerate(cells):
-            colour = "white" if accuracies[row][column] > 0.6 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, size=9)
-    figure.text(0.1 / width, 1 - 0.3 / height, title, size=10, weight="bold", va="center", parse_math=False)
-    figure.savefig(handle, format="png")
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            colour = "white" if accuracies[y][x] > 0.6 else "black"
+            axes.text(x, y, cells[row, column], ha="center", va="center", color=colour, size=9)
+    path = folder / "visual_outputs" / "cross_domain.png"
+    with replace_file(path) as file:
+        figure.savefig(file, format="png")
+    return "\n".join([title, *aligned([["", *columns], *(list(line.values()) for line in table)]), f"Picture: {path}"])

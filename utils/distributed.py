@@ -22,10 +22,8 @@ def processes(device: torch.device) -> Iterator[None]:
     """Inside, this process belongs to the group that torchrun announced, if it did (NCCL on GPUs, gloo on CPUs)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         patience = timedelta(hours=6)  # for the cache of a large data set, which one process builds
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=patience, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=patience)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=patience, device_id=gpu)
     try:
         yield
     finally:
@@ -42,7 +40,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True in the one process that writes files and prints."""
+    """Return whether this is the one process that writes files and prints."""
     return rank() == 0
 
 
@@ -79,17 +77,16 @@ def gather_tasks(local: Tensor) -> Tensor:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers, so that they act alike."""
+    """Return the largest of all processes' numbers, so that they act alike."""
     if world_size() == 1:
         return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    numbers = torch.tensor(number, device=device)
+    numbers = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers.item())
 
 
 def broadcast_text(text: str) -> str:
-    """The main process's text, in all processes."""
+    """Return the main process's text, in all processes."""
     if world_size() == 1:
         return text
     parts = [text]

@@ -32,7 +32,11 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
                 os.replace(file.name, path)
             finally:
                 Path(file.name).unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error}. Free some disk space or choose another folder (--experiments_dir, "
@@ -94,11 +98,3 @@ def _remove_leftovers(folder: Path) -> None:
         with suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ def open_split(
     """
     root = _split_folder(dataset_dir, name, split)
     listing = list_classes(root)
-    folders = _cache_folders(dataset_dir, root.parent.name)
+    # Beside the data sets; failing that (a read-only disk), in the user's own cache.
+    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folders = [dataset_dir / ".cache" / root.parent.name, own / "fewshot" / root.parent.name]
     stem = f"{split}_{'x'.join(map(str, image_shape))}"
     for folder in folders:
         cached = _load(folder / stem, listing, image_shape)
@@ -97,12 +100,6 @@ def _split_folder(dataset_dir: Path, name: str, split: str) -> Path:
             f"with `python preprocess/preprocess.py --datasets {folder.name}`."
         )
     return folder / split
-
-
-def _cache_folders(dataset_dir: Path, name: str) -> list[Path]:
-    """Return the places of a cache: beside the data sets; failing that (a read-only disk), the user's own cache."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [dataset_dir / ".cache" / name, own / "fewshot" / name]
 
 
 def _writable(folders: list[Path]) -> Path:
@@ -174,24 +171,17 @@ def _write_images(
             counts += piece.counts
             skipped += piece.bad
             bar.update(len(piece.images) + len(piece.bad))
-    sizes = _sizes_without(listing, skipped)
-    _write_header(out, sum(sizes.values()), image_shape)
-    mean, std = _mean_and_std(counts)
+    sizes = Counter(listing.class_sizes) - Counter(file.split("/")[0] for file, _ in skipped)
+    if empty := [name for name in listing.class_sizes if name not in sizes]:
+        raise UserError(f"No image in the class folder {listing.root / empty[0]} can be read: remove it.")
+    _write_header(out, sizes.total(), image_shape)
+    values, total = np.arange(256) / 255, counts.sum(axis=1)
+    mean = (counts * values).sum(axis=1) / total
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / total)
     return {
         "format": FORMAT, "fingerprint": listing.fingerprint, "class_sizes": sizes,
-        "mean": mean, "std": std, "skipped": skipped,
+        "mean": mean.tolist(), "std": std.tolist(), "skipped": skipped,
     }  # fmt: skip
-
-
-def _sizes_without(listing: Listing, skipped: list[tuple[str, str]]) -> dict[str, int]:
-    """Return the number of readable images of each class; raises UserError for a class that has none."""
-    sizes = dict(listing.class_sizes)
-    for file, _ in skipped:
-        name = file.split("/")[0]
-        sizes[name] -= 1
-        if sizes[name] == 0:
-            raise UserError(f"No image in the class folder {listing.root / name} can be read: remove it.")
-    return sizes
 
 
 def _write_header(out: IO[bytes], images: int, image_shape: ImageShape) -> None:
@@ -204,14 +194,6 @@ def _write_header(out: IO[bytes], images: int, image_shape: ImageShape) -> None:
     out.seek(0)
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
     out.seek(0, os.SEEK_END)
-
-
-def _mean_and_std(counts: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, in [0, 1], from (C, 256) counts of pixel values."""
-    values, total = np.arange(256) / 255, counts.sum(axis=1)
-    mean = (counts * values).sum(axis=1) / total
-    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
-    return mean.tolist(), np.sqrt(variance).tolist()
 
 
 def _unreadable(root: Path, bad: Sequence[Sequence[str]]) -> str:

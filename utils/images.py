@@ -106,7 +106,17 @@ def open_image(source: Path | IO[bytes]) -> Image.Image:
 def plain_image(image: Image.Image, channels: int = 3) -> Image.Image:
     """Return the image upright, 8 bits per channel, transparency on white; grey for one channel, else RGB."""
     ImageOps.exif_transpose(image, in_place=True)
-    return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point, of unknown range; save it with 8 bits per channel")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixels have more than 16 bits; save it with 8 bits per channel")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
@@ -117,21 +127,6 @@ def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
     if plain.size != (width, height):
         plain = plain.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(plain).reshape(height, width, channels)
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return the image opaque, with 8 bits per channel."""
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point, of unknown range; save it with 8 bits per channel")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("pixels have more than 16 bits; save it with 8 bits per channel")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
 
 
 class Decoded(NamedTuple):
@@ -154,7 +149,8 @@ def in_processes(
     Only a few pieces per worker are under way at once, so memory stays flat however many images there are.
     """
     pieces = [listing.files[start : start + size] for start in range(0, len(listing.files), size)]
-    workers = min(workers or _usable_cpus(), len(pieces))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or usable, len(pieces))
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, pieces)
         return
@@ -199,10 +195,6 @@ def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:
     images = images[:good]
     counts = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(channels)]
     return Decoded(images, np.stack(counts), bad)
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with(parent: int) -> None:

@@ -44,19 +44,18 @@ RATE_STEPS = {0: 1.0, 20: 0.06, 40: 0.012, 50: 0.0024}
 _IMAGENET = ((120.39586422, 115.59361427, 104.54012653), (70.68188272, 68.27635443, 72.54505529))
 _CIFAR = ((129.37731888, 124.10583864, 112.47758569), (68.20947949, 65.43124043, 70.45866994))
 _STATISTICS = {"mini_imagenet": _IMAGENET, "tiered_imagenet": _IMAGENET, "CIFAR_FS": _CIFAR, "FC100": _CIFAR}
-_IMAGE_SIZE = {"CIFAR_FS": 32, "FC100": 32}
 
 
 def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of a head learner's options, given those that the user chose."""
+    """Return the defaults of a head learner's options beside those that the user chose."""
     dataset = canonical_name(str(values.get("dataset_name", "mini_imagenet")))
-    size = _IMAGE_SIZE.get(dataset, 84)
+    size = 32 if dataset in ("CIFAR_FS", "FC100") else 84
     normalization = "published" if dataset in _STATISTICS else "channel"
     return DEFAULTS | {"image_height": size, "image_width": size, "normalization": normalization}
 
 
 def published_statistics(dataset: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of each channel in [0, 1], as MetaOptNet's loaders hold them; None: no such data."""
+    """Return mean and deviation of each channel in [0, 1], as MetaOptNet's loaders hold them; None: no such data."""
     if (statistics := _STATISTICS.get(canonical_name(dataset))) is None:
         return None
     mean, std = (tuple(value / 255 for value in values) for values in statistics)
@@ -64,6 +63,6 @@ def published_statistics(dataset: str) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def learning_rate(start: float, epoch: int, official: bool) -> float:
-    """The rate of epoch `epoch` (from 0). The official program makes each step one epoch early."""
+    """Return the rate of epoch `epoch` (from 0). The official program makes each step one epoch early."""
     finished = epoch + 1 if official else epoch
     return start * next(factor for epochs, factor in reversed(RATE_STEPS.items()) if finished >= epochs)

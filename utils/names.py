@@ -12,6 +12,7 @@ class Known(NamedTuple):
 
     module: str  # of preprocess/, which declares what it is made from
     aliases: tuple[str, ...] = ()  # such as MAML++'s configurations have
+    turned: bool = False  # training counts each class four times, turned by 0, 90, 180 and 270 degrees
 
 
 KNOWN = {
@@ -20,16 +21,16 @@ KNOWN = {
     "CIFAR_FS": Known("cifar100"),
     "FC100": Known("cifar100"),
     "CUB": Known("cub"),
-    "omniglot": Known("omniglot", ("omniglot_dataset",)),
+    "omniglot": Known("omniglot", ("omniglot_dataset",), turned=True),
     "glyphs": Known("glyphs"),
-    "glyphs_colour": Known("glyphs", ("glyphs_color",)),
+    "glyphs_colour": Known("glyphs"),
     "digits": Known("digits"),
 }
 
 
 def _fold(name: str) -> str:
-    """Return the name in lower case without '-', '_' and ' '."""
-    return name.lower().translate(str.maketrans("", "", "-_ "))
+    """Return the name in lower case without '-', '_' and ' '; color counts as colour."""
+    return name.lower().translate(str.maketrans("", "", "-_ ")).replace("color", "colour")
 
 
 _CANONICAL = {_fold(alias): name for name, known in KNOWN.items() for alias in (name, *known.aliases)}
@@ -46,8 +47,9 @@ def same_dataset(one: str, other: str) -> bool:
 
 
 def turns_classes(name: str) -> bool:
-    """Return whether training on a data set counts each class four times, turned by 0, 90, 180 and 270 degrees."""
-    return canonical_name(name) == "omniglot"
+    """Return whether training on a data set turns its classes into new ones, where --rotate_classes is not set."""
+    known = KNOWN.get(canonical_name(name))
+    return known is not None and known.turned
 
 
 def find_dataset(dataset_dir: Path, name: str) -> Path:

@@ -11,7 +11,14 @@ from utils.errors import UserError
 
 PIXELS_OF_MAP = {1: 28, 2: 32, 5: 84}  # side of the last map of four pooled stages -> usual side of the images
 
-
+# Options of rules, and the part of an official name that shows that a rule was chosen.
+SIGNS = {
+    "contextual_grad": "gamma_generator.0.weight",
+    "learnable_per_layer_per_step_inner_loop_learning_rate": "names_learning_rates",
+    "alfa": "regularizer.0.weight",
+    "random_init": "names_beta_dict_per_param",
+    "attenuate": "attenuator.0.weight",
+}
 # Official beginnings of names -> ours; our own checkpoints hold the official ones too. Other names are the same.
 OURS = {
     "gamma_generator.": "rules.CxGrad.generator.",
@@ -26,16 +33,16 @@ OURS = {
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the official names."""
+    """Return the same weights under the official names."""
     return _renamed(weights, {ours: official for official, ours in OURS.items()})
 
 
 def _renamed(weights: Mapping[str, Tensor], beginnings: Mapping[str, str]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in weights.items():
+    def renamed(name: str) -> str:
         old = next((beginning for beginning in beginnings if name.startswith(beginning)), "")
-        renamed[beginnings.get(old, "") + name.removeprefix(old)] = tensor
-    return renamed
+        return beginnings.get(old, "") + name.removeprefix(old)
+
+    return {renamed(name): tensor for name, tensor in weights.items()}
 
 
 def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) -> None:
@@ -49,11 +56,8 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
     given = {name: tensor for name, tensor in given.items() if name in own or ".running_" not in name}
     problems = [f"it lacks {name}" for name in own if name not in given]
     problems += [f"it has {name}, which the model has not" for name in given if name not in own]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
+    shapes = {name: (tuple(given[name].shape), tuple(own[name].shape)) for name in own if name in given}
+    problems += [f"{name} is {its}, the model's is {ours}" for name, (its, ours) in shapes.items() if its != ours]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError("another architecture: " + "; ".join(problems[:3]) + more)
@@ -61,12 +65,12 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
 
 
 def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights as from a model that is not wrapped in DataParallel."""
+    """Return the same weights as from a model that is not wrapped in DataParallel."""
     return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
 
 
 def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What official weights tell of the options they were trained with (shapes and names; not rates or data).
+    """Return what the names and shapes of official weights show of the options of their training.
 
     The image side is taken to be a usual one; raises UserError where none fits, or where the network is not a 4-conv.
     """
@@ -74,10 +78,9 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     first, linear = (given.get(f"classifier.layer_dict.{n}") for n in ("conv0.conv.weight", "linear.weights"))
     if first is None or linear is None:
         raise UserError("these are not the weights of an official 4-conv network; say how it was trained with --config")
-    filters, stages = len(first), sum(name.endswith(".conv.weight") for name in given)
-    side = round((linear.shape[1] / filters) ** 0.5)
+    side = round((linear.shape[1] / len(first)) ** 0.5)
     if side not in PIXELS_OF_MAP:
-        raise UserError(f"the size of the images cannot be told from a last map of {side}x{side}; say it with --config")
+        raise UserError(f"a last map of {side}x{side} does not show the size of the images; say it with --config")
     layer = "classifier.layer_dict.conv0.norm_layer"
     norm = given.get(f"{layer}.running_mean", given[f"{layer}.weight"])
     found: dict[str, Any] = {
@@ -85,15 +88,11 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "image_channels": first.shape[1],
         "image_height": PIXELS_OF_MAP[side],
         "image_width": PIXELS_OF_MAP[side],
-        "cnn_num_filters": filters,
-        "num_stages": stages,
+        "cnn_num_filters": len(first),
+        "num_stages": sum(name.endswith(".conv.weight") for name in given),
         "use_bias": "classifier.layer_dict.conv0.conv.bias" in given,
         "per_step_bn_statistics": norm.dim() == 2,
-        "contextual_grad": "gamma_generator.0.weight" in given,
-        "learnable_per_layer_per_step_inner_loop_learning_rate": any("names_learning_rates" in n for n in given),
-        "alfa": "regularizer.0.weight" in given,
-        "random_init": any("names_beta_dict_per_param" in name for name in given),
-        "attenuate": "attenuator.0.weight" in given,
+        **{option: any(sign in name for name in given) for option, sign in SIGNS.items()},
     }
     if found["contextual_grad"]:
         found["num_context_params"] = len(given["gamma_generator.0.bias"])
@@ -105,7 +104,7 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def infer_embedding(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options that official MetaOptNet weights of an embedding tell; UserError if they are of no known one."""
+    """Return the options that official MetaOptNet weights of an embedding show; UserError if it is no known one."""
     given = without_prefix(weights)
     if "layer1.0.conv1.weight" in given:
         widths = "-".join(str(len(given[f"layer{i}.0.conv1.weight"])) for i in (1, 2, 3, 4))

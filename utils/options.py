@@ -13,9 +13,10 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from utils import metaoptnet
 from utils.errors import UserError
@@ -58,20 +59,9 @@ def opt(default: T, meaning: str, **more: Any) -> T:
     return dataclasses.field(default=default, metadata={"declared": Declaration(meaning, **more)})
 
 
-def free(default: T, meaning: str, **more: Any) -> T:
-    """Return the field of an option that says where, how long or how a run computes, not what: it may always change."""
-    return opt(default, meaning, resume="ignore", test="ignore", **more)
-
-
-def tuned(default: T, meaning: str, **more: Any) -> T:
-    """Return the field of an option that a run may go on with a new value of, and that tests do not depend on."""
-    return opt(default, meaning, resume="warn", test="ignore", **more)
-
-
-def fixed(default: T, meaning: str, **more: Any) -> T:
-    """Return the field of an option that a run has to keep, and that tests do not depend on."""
-    return opt(default, meaning, test="ignore", **more)
-
+free = partial(opt, resume="ignore", test="ignore")  # where, how long or how a run computes: it may always change
+tuned = partial(opt, resume="warn", test="ignore")  # a run may go on with a new value; tests do not depend on it
+fixed = partial(opt, test="ignore")  # a run has to keep it; tests do not depend on it
 
 GRADIENT: Condition = {"learner": "gradient"}
 HEAD: Condition = {"learner": "head"}
@@ -89,8 +79,8 @@ class Options:
 
     learner: str = opt(
         "gradient",
-        "gradient: inner gradient steps (MAML, CxGrad); head: a base learner solved in each task (MetaOptNet). "
-        "Naming a --head without gradient steps' options chooses the latter",
+        "gradient: inner gradient steps (MAML, CxGrad); head: a base learner solved in each task (MetaOptNet), which a "
+        "--head without gradient steps' options chooses",
         choices=("gradient", "head"),
     )
 
@@ -109,29 +99,21 @@ class Options:
     )
     augment: bool = fixed(False, "training images are cropped, colour-jittered and flipped at random, as MetaOptNet's")
     skip_bad_images: bool = opt(False, "leave out images that cannot be read, with a warning", test="warn")
-    num_dataprovider_workers: int | None = free(
-        None, "processes that decode a data set's images once; default: all cores", at_least=1
-    )
+    num_dataprovider_workers: int | None = free(None, "processes to decode images; default: all cores", at_least=1)
 
     # --- tasks ------------------------------------------------------------------------------------------------
     num_classes_per_set: int = opt(5, "way: classes in a task", at_least=1, test="warn")
     num_samples_per_class: int = opt(1, "shot: support images per class", at_least=1, test="warn")
-    num_target_samples: int = fixed(15, "query images per class", at_least=1, dry_run=1)
+    num_target_samples: int = fixed(15, "query: query images per class", at_least=1, dry_run=1)
     test_way: int | None = fixed(None, "way in validation and test, with a head; default: as in training", at_least=1)
     val_shot: int | None = fixed(None, "shot in validation and test; default: as in training", at_least=1)
-    val_query: int | None = fixed(
-        None, "query images per class in validation and test; default: as in training", at_least=1, dry_run=1
-    )
+    val_query: int | None = fixed(None, "query in validation and test; default: as in training", at_least=1, dry_run=1)
     test_shots: str | None = free(None, "shots to meta-test with, such as 1,5; default: that of validation")
     batch_size: int = fixed(4, "tasks in a training meta-batch, over all devices together", at_least=1)
     test_batch_size: int | None = free(None, "tasks in an evaluation meta-batch; default: batch_size", at_least=1)
-    tasks_per_pass: int | None = free(
-        None, "tasks in one vectorised pass; default: all on a GPU, one on a CPU", at_least=1, only=GRADIENT
-    )
+    tasks_per_pass: int | None = free(None, "tasks per pass; default: on a GPU all, else 1", at_least=1, only=GRADIENT)
     checkpoint_inner_steps: bool = free(False, "store less, compute inner steps twice; same gradients", only=GRADIENT)
-    rotate_classes: bool | None = fixed(
-        None, "training turns each class by 0 to 3 quarters, which makes new classes; default: on for omniglot"
-    )
+    rotate_classes: bool | None = fixed(None, "training turns classes into new ones too; default: on for omniglot")
     train_seed: int = fixed(0, "seed of the stream of training tasks", **SEED)
     val_seed: int = fixed(0, "seed of the (separate) streams of validation and test tasks", **SEED)
 
@@ -141,8 +123,7 @@ class Options:
     avg_pool: bool = opt(False, "ResNet-12 averages its last map", only=HEAD | RESNET)
     dropblock_schedule: str = fixed(
         "official",
-        "the rate of ResNet-12's DropBlock grows with forward passes. training: those in training; official: also "
-        "those in evaluation, as the official program counts",
+        "training: ResNet-12's DropBlock grows with forward passes in training; official: in evaluation too",
         choices=("training", "official"),
         only=HEAD | RESNET,
     )
@@ -169,9 +150,7 @@ class Options:
     init_inner_loop_learning_rate: float = opt(
         0.01, "inner learning rate (initial value where it is learned)", at_least=0, only=GRADIENT, test="warn"
     )
-    enable_inner_loop_optimizable_bn_params: bool = opt(
-        False, "inner steps move the batch norm's scale and shift too", only=GRADIENT
-    )
+    enable_inner_loop_optimizable_bn_params: bool = opt(False, "inner steps move batch norm too", only=GRADIENT)
 
     # --- head -------------------------------------------------------------------------------------------------
     head: str | None = opt(None, "base learner on embeddings; default with --learner head: ProtoNet", test="warn")
@@ -179,9 +158,7 @@ class Options:
     # --- outer loop -------------------------------------------------------------------------------------------
     second_order: bool = fixed(True, "differentiate through the inner gradients", only=GRADIENT)
     first_order_to_second_order_epoch: int = tuned(-1, "second order only in epochs after this one", only=GRADIENT)
-    use_multi_step_loss_optimization: bool = fixed(
-        False, "MSL (MAML++): weighted query loss after every inner step", only=GRADIENT
-    )
+    use_multi_step_loss_optimization: bool = fixed(False, "MSL (MAML++): all steps' query losses", only=GRADIENT)
     multi_step_loss_num_epochs: int = tuned(15, "MSL: epochs until only the last counts", at_least=1, only=GRADIENT)
     meta_learning_rate: float = tuned(0.001, "learning rate at the start, of Adam; head: of SGD", at_least=0)
     min_learning_rate: float = tuned(0.001, "learning rate at the cosine schedule's end", at_least=0, only=GRADIENT)
@@ -205,22 +182,20 @@ class Options:
     )
 
     # --- experiment -------------------------------------------------------------------------------------------
-    experiment_name: str = free("experiment", "results go to experiments_dir/DATASET_NwayKshot/experiment_name")
+    experiment_name: str = free(
+        "experiment", "results go to EXPERIMENTS_DIR/DATASET_Nway_Kshot/NAME (of heads DATASET_Nway/NAME)"
+    )
     experiments_dir: str = free("experiments", "folder that holds all results")
     save_path: str | None = free(None, "folder of results instead; its checkpoints lie directly in it")
     seed: int = fixed(104, "seed of the initial weights", **SEED)
     total_epochs: int = free(100, "epochs; each ends with a validation and a checkpoint", at_least=1, dry_run=2)
     total_iter_per_epoch: int = fixed(500, "training iterations in an epoch", at_least=1, dry_run=1)
-    num_evaluation_tasks: int = fixed(
-        600, "tasks of a validation or test; one task has no confidence interval", at_least=2, dry_run=2
-    )
+    num_evaluation_tasks: int = fixed(600, "tasks to score; one task has no confidence interval", at_least=2, dry_run=2)
     max_models_to_save: int = free(5, "epoch checkpoints kept: the best by validation accuracy", at_least=1)
     save_epoch: int = free(0, "keep the checkpoint of every so many epochs as well; 0: of none", at_least=0)
     top_n_models: int = free(5, "checkpoints whose logits the ensemble test averages", at_least=1)
     continue_from_epoch: str = free(
-        "latest",
-        "latest; from_scratch; or the number of a kept epoch. The last two hold each time the command is given",
-        dry_run="latest",
+        "latest", "latest; from_scratch or a kept epoch's number hold each time the command runs", dry_run="latest"
     )
     evaluate_on_test_set_only: bool = free(False, "no training: meta-test this experiment's checkpoints", dry_run=False)
     test_datasets: str | None = free(None, "data sets to meta-test on, such as CUB,glyphs; default: dataset_name")
@@ -233,28 +208,17 @@ class Options:
         load_plugins()
         return object.__new__(_current)
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Options of plug-ins are attributes too."""
-
     @classmethod
     def from_object(cls, source: object) -> "Options":
         """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored."""
-        load_plugins()
-        if isinstance(source, _current):
-            source.validate()
-            return source
-        names = [field.name for field in all_fields() if hasattr(source, field.name)]
+        names = [name for name in all_defaults() if hasattr(source, name)]
         return cls.from_mapping({name: getattr(source, name) for name in names})
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
         """Return options from values or their text; raises UserError for an unknown name or a bad value."""
-        fields = [field.name for field in all_fields()]
         values = {ALIASES.get(name, name): value for name, value in values.items()}
-        if unknown := [name for name in values if name not in fields]:
-            raise UserError(f"{origin}: " + "; ".join(unknown_name(name, fields) for name in unknown))
+        check_names(values, all_defaults(), f"{origin}: ")
         if values.get("learner") == "head":
             values = metaoptnet.defaults(values) | dict(values)
         options = cls(**converted(values))
@@ -318,10 +282,11 @@ def load_plugins() -> None:
         importlib.import_module(_pending.pop(0))
 
 
-def all_fields() -> tuple["dataclasses.Field[Any]", ...]:
-    """Return the fields of every option, those of plug-ins included."""
+def all_defaults(learner: str = "gradient") -> dict[str, Any]:
+    """Return the default with this learner of every option, those of plug-ins included."""
     load_plugins()
-    return dataclasses.fields(_current)
+    usual = {field.name: field.default for field in dataclasses.fields(_current)}
+    return usual | (metaoptnet.DEFAULTS if learner == "head" else {})
 
 
 def declaration(name: str) -> Declaration:
@@ -333,7 +298,8 @@ def declaration(name: str) -> Declaration:
 def add_options(mixin: type[T]) -> type[T]:
     """Make the `opt` fields of a class options of every `Options` made from now on; a decorator.
 
-    Raises ValueError if one of them is an option already.
+    The class extends `Options`, so that a type checker knows all of a rule's options by it. Raises ValueError if one of
+    its fields is an option already.
     """
     global _current
     mixin = dataclasses.dataclass(mixin)
@@ -372,16 +338,10 @@ def allowed(declared: Declaration, options: Options) -> list[Any]:
     return [choice for choice, any_of in declared.choices.items() if None in {unmet(only, options) for only in any_of}]
 
 
-def usual_values(learner: str) -> dict[str, Any]:
-    """Return every option's default with this learner."""
-    usual = {field.name: field.default for field in all_fields()}
-    return usual | (metaoptnet.DEFAULTS if learner == "head" else {})
-
-
 @add_check
 def _declared(options: Options) -> Iterator[str]:
     """Yield what is not among the choices, is out of bounds, or was set where it has no effect."""
-    for name, usual in usual_values(options.learner).items():
+    for name, usual in all_defaults(options.learner).items():
         value, declared = getattr(options, name), declaration(name)
         if value is None:
             continue
@@ -395,7 +355,7 @@ def _declared(options: Options) -> Iterator[str]:
             yield f"--{name} is {value}; it must be {f'from {low} to {high}' if high else bounds} ({declared.meaning})"
         if value != usual and (key := unmet(declared.only, options)):
             wanted = declared.only[key]
-            words = " or ".join(wanted) if isinstance(wanted, tuple) else wanted
+            words = " or ".join(map(str, wanted if isinstance(wanted, tuple) else [wanted])).replace("True", "true")
             yield f"--{name} has no effect with --{key} {getattr(options, key)}; it needs --{key} {words}"
 
 
@@ -405,50 +365,30 @@ def _contradictions(options: Options) -> Iterator[str]:
     names = [canonical_name(name) for name in options.test_dataset_list]
     if "" in names or len(set(names)) < len(names):
         yield f"--test_datasets is {options.test_datasets!r}; it takes different names such as CUB,glyphs"
-    if not all(shot.isdigit() and int(shot) for shot in (options.test_shots or "1").split(",")):
+    if not _are_counts((options.test_shots or "1").split(",")):
         yield f"--test_shots is {options.test_shots!r}; it takes numbers such as 1,5"
-    if options.top_n_models > options.max_models_to_save:
-        yield (
-            f"--top_n_models {options.top_n_models} needs more checkpoints than --max_models_to_save "
-            f"{options.max_models_to_save} keeps; raise the latter or lower the former"
-        )
-    if options.continue_from_epoch not in ("latest", "from_scratch") and not options.continue_from_epoch.isdigit():
+    if (top := options.top_n_models) > (kept := options.max_models_to_save):
+        yield f"--top_n_models {top} needs more checkpoints than --max_models_to_save {kept} keeps; lower the former"
+    if options.continue_from_epoch not in ("latest", "from_scratch") and not options.continue_from_epoch.isdecimal():
         yield f"--continue_from_epoch is {options.continue_from_epoch!r}: latest, from_scratch or a number"
-    if options.min_learning_rate > options.meta_learning_rate:
-        yield (
-            f"--min_learning_rate {options.min_learning_rate:g} is above --meta_learning_rate "
-            f"{options.meta_learning_rate:g}; the schedule goes from the latter down to the former"
-        )
-    statistics = metaoptnet.published_statistics(options.dataset_name)
-    if options.normalization == "published" and (statistics is None or options.image_channels != len(statistics[0])):
-        yield (
-            f"no pixel statistics of {options.dataset_name} in {options.image_channels} channels are published; use "
-            "--normalization channel"
-        )
-    widths = options.resnet_widths.split("-")
-    if not all(width.isdigit() and int(width) for width in widths):
-        yield f"--resnet_widths is {options.resnet_widths!r}; it takes numbers such as 64-128-256-512"
-    if options.learner == "head" and len(widths) != 4:
-        yield f"--resnet_widths is {options.resnet_widths!r}; with --learner head it takes four numbers"
+    if (least := options.min_learning_rate) > (most := options.meta_learning_rate):
+        yield f"--min_learning_rate {least:g} is above --meta_learning_rate {most:g}, from which the schedule goes down"
+    channels, statistics = options.image_channels, metaoptnet.published_statistics(options.dataset_name) or [()]
+    if options.normalization == "published" and channels != len(statistics[0]):
+        data = f"{options.dataset_name} in {channels} channels"
+        yield f"no pixel statistics of {data} are published; use --normalization channel"
+    widths, four = options.resnet_widths.split("-"), options.learner == "head"
+    if not _are_counts(widths) or (four and len(widths) != 4):
+        count = "four numbers" if four else "numbers"
+        yield f"--resnet_widths is {options.resnet_widths!r}; it takes {count} such as 64-128-256-512"
     if options.per_step_bn_statistics and options.batch_norm == "running":
-        yield (
-            "--batch_norm running needs one set of statistics, --per_step_bn_statistics keeps one per step; choose "
-            "--batch_norm per_step"
-        )
+        yield "--batch_norm running cannot use --per_step_bn_statistics, a set per step; choose --batch_norm per_step"
     if options.batch_norm == "per_step" and not options.per_step_bn_statistics:
         yield "--batch_norm per_step needs the statistics that training keeps with --per_step_bn_statistics true"
-    if options.per_step_bn_statistics:
-        yield from one_value_per_step(options, "per_step_bn_statistics")
 
 
-def one_value_per_step(options: Options, name: str) -> Iterator[str]:
-    """Yield the contradiction of an option that learns a value per training step and more steps in evaluation."""
-    steps, more = options.number_of_training_steps_per_iter, options.number_of_evaluation_steps_per_iter
-    if more > steps:
-        yield (
-            f"--{name} learns one value per training step ({steps}), so --number_of_evaluation_steps_per_iter {more} "
-            "has none for the extra steps; use at most as many steps in evaluation"
-        )
+def _are_counts(words: Sequence[str]) -> bool:
+    return all(word.isdecimal() and int(word) for word in words)
 
 
 @add_check
@@ -457,8 +397,8 @@ def _contradictions_of_heads(options: Options) -> Iterator[str]:
     heads, way = options.learner == "head", options.num_classes_per_set
     if options.head and not heads and not options.evaluate_on_test_set_only:
         yield (
-            "a network trained by gradient steps is tested with a --head, not trained with one. To train with a "
-            "head, say --learner head and leave out options of inner steps"
+            "a network trained by gradient steps is tested with a --head, not trained with one; to train with a head, "
+            "say --learner head and leave out options of inner steps"
         )
     if heads and options.head is None:
         yield f"--learner head needs a --head: {', '.join(declaration('head').choices)}"
@@ -467,12 +407,10 @@ def _contradictions_of_heads(options: Options) -> Iterator[str]:
     if options.head and min(way, options.evaluation_task[0]) < 2:
         yield "a --head needs at least 2 ways"
     if options.head is None and options.test_way not in (None, way):
-        yield (
-            f"the network classifies {way} ways with a linear layer, so it cannot be tested with {options.test_way}; "
-            "a head can: --head Ridge, for example"
-        )
+        other = f"it cannot be tested with {options.test_way}; a head can: --head Ridge, for example"
+        yield f"the network classifies {way} ways with a linear layer, so {other}"
     if not options.label_smoothing <= (way - 1) / way:
-        yield (f"--label_smoothing is {options.label_smoothing}; with {way} ways it is from 0 to {(way - 1) / way:g}")
+        yield f"--label_smoothing is {options.label_smoothing}; with {way} ways it is from 0 to {(way - 1) / way:g}"
 
 
 # --- what a resume and a test may change ----------------------------------------------------------------------------
@@ -495,13 +433,12 @@ def differences(before: Mapping[str, Any], now: Options, purpose: Literal["resum
 
     An option that is not among the saved ones, because the run is older than it, counts as its default.
     """
-    before = usual_values(before.get("learner", now.learner)) | dict(before)
+    before = all_defaults(before.get("learner", now.learner)) | dict(before)
     found = []
     for name, value in dataclasses.asdict(now).items():
-        declared = declaration(name)
-        policy: Policy = getattr(declared, purpose)
+        policy: Policy = getattr(declaration(name), purpose)
         same = before[name] == value or (name == "dataset_name" and same_dataset(before[name], value))
-        if not same and policy != "ignore" and not unmet(declared.only, now):
+        if not same and policy != "ignore" and not unmet(declaration(name).only, now):
             found.append(Difference(name, before[name], value, policy))
     return found
 
@@ -512,7 +449,7 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
     Raises UserError as `Options.validate` does.
     """
     new = dataclasses.replace(options, **changes)
-    for name, usual in usual_values(new.learner).items():
+    for name, usual in all_defaults(new.learner).items():
         if name not in changes and unmet(declaration(name).only, new):
             setattr(new, name, usual)
     new.validate()
@@ -530,24 +467,18 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     values = parse(command_line_parser(), argv)
     file = values.get("name_of_args_json_file")
     values = (read_json(Path(file)) if file not in (None, "None") else {}) | values
-    if values.get("head") not in (None, "None") and not _of_gradient(values):
+    network = converted({"backbone": values.get("backbone", "ResNet-12")})["backbone"]
+    of_gradient = declaration("backbone").choices.get(network) == [GRADIENT]
+    of_gradient |= any(declaration(ALIASES.get(name, name)).only == GRADIENT for name in values)
+    if values.get("head") not in (None, "None") and not of_gradient:
         values.setdefault("learner", "head")
     return Options.from_mapping(values)
 
 
-def _of_gradient(values: Mapping[str, Any]) -> bool:
-    """Return whether the values have an option or a network that only a gradient learner heeds."""
-    names = [name for name in values if name not in ALIASES]
-    network = converted({"backbone": values.get("backbone", "ResNet-12")})["backbone"]
-    return declaration("backbone").choices.get(network) == [GRADIENT] or any(
-        declaration(name).only == GRADIENT for name in names
-    )
-
-
 def command_line_parser() -> argparse.ArgumentParser:
     """Return the parser of training's command line."""
-    fields = {field.name: field.default for field in all_fields()}
-    return parser_of({name: name for name in fields} | ALIASES, fields)
+    defaults = all_defaults()
+    return parser_of({name: name for name in defaults} | ALIASES, defaults)
 
 
 def parser_of(flags: Mapping[str, str], defaults: Mapping[str, Any], description: str = "") -> argparse.ArgumentParser:
@@ -578,10 +509,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[s
     """Return the options on a command line, as text; raises UserError for names that the parser does not know."""
     values, rest = parser.parse_known_args(argv)
     if rest:
-        names = [word.lstrip("-").split("=")[0] for word in rest if word.startswith("--")]
-        known = [word[2:] for action in parser._actions for word in action.option_strings if word.startswith("--")]
-        problems = [unknown_name(name, known, "--") for name in names] or [f"'{rest[0]}' belongs to no option"]
-        raise UserError("; ".join(problems) + " (--help lists all)")
+        words = [word.split("=")[0] for word in rest if word.startswith("--")]
+        check_names(words, [word for action in parser._actions for word in action.option_strings], "")
+        raise UserError(f"'{rest[0]}' belongs to no option (--help lists all)")
     return vars(values)
 
 
@@ -595,43 +525,46 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of option names and values")
-    known = [*(field.name for field in all_fields()), *ALIASES, *DEAD_KEYS]
-    if unknown := [name for name in values if name not in known]:
-        raise UserError(f"{path}: " + "; ".join(unknown_name(name, known) for name in unknown))
+    check_names(values, [*all_defaults(), *ALIASES, *DEAD_KEYS], f"{path}: ")
     for name in values.keys() & DEAD_KEYS.keys():
         log.warning("%s: '%s' has no effect: %s", path, name, DEAD_KEYS[name])
     return {name: value for name, value in values.items() if name not in DEAD_KEYS}
 
 
 # Keys of the official JSON files that decide nothing here, by the reason.
-_NO_EFFECT = {
-    "the official programs never read it": "cnn_blocks_per_stage cnn_num_blocks weight_decay dropout_rate_value "
-    "meta_opt_bn learnable_batch_norm_momentum minimum_per_task_contribution evalute_on_test_set_only train_in_stages "
-    "total_unique_tasks",
-    "--gpu says where to compute": "gpu_to_use num_of_gpus use_cuda use_gpu",
-    "data sets are class folders by split": "dataset_path sets_are_pre_split train_val_test_split labels_as_int "
-    "indexes_of_folders_indicating_class",
-    "images are cached by themselves": "reset_stored_paths load_from_npz_files load_into_memory",
-    "it has no counterpart": "use_gdrive reverse_channels architecture_name total_epochs_before_pause",
-    "--rotate_classes says whether training turns classes": "augment_images",
-    "--batch_size counts the tasks of a meta-batch": "samples_per_iter",
-    "--init_inner_loop_learning_rate is the inner rate": "task_learning_rate",
-    "a file cannot say where a run stands; the command line can": "continue_from_epoch",
-}
-DEAD_KEYS = {name: reason for reason, names in _NO_EFFECT.items() for name in names.split()}
+_NO_EFFECT = """
+the official programs never read it: cnn_blocks_per_stage cnn_num_blocks weight_decay dropout_rate_value meta_opt_bn
+    learnable_batch_norm_momentum minimum_per_task_contribution evalute_on_test_set_only train_in_stages
+    total_unique_tasks;
+--gpu says where to compute: gpu_to_use num_of_gpus use_cuda use_gpu;
+data sets are class folders by split: dataset_path sets_are_pre_split train_val_test_split labels_as_int
+    indexes_of_folders_indicating_class;
+images are cached by themselves: reset_stored_paths load_from_npz_files load_into_memory;
+it has no counterpart: use_gdrive reverse_channels architecture_name total_epochs_before_pause;
+--rotate_classes says whether training turns classes: augment_images;
+--batch_size counts the tasks of a meta-batch: samples_per_iter;
+--init_inner_loop_learning_rate is the inner rate: task_learning_rate;
+a file cannot say where a run stands, the command line can: continue_from_epoch
+"""
+_REASONS = [entry.strip().split(": ") for entry in _NO_EFFECT.split(";")]
+DEAD_KEYS = {name: reason for reason, names in _REASONS for name in names.split()}
 
 
-def unknown_name(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return one sentence saying that an option does not exist, with the nearest that does."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"; did you mean '{prefix}{nearest[0]}'?" if nearest else ""
-    return f"there is no option '{prefix}{name}'{hint}"
+def check_names(names: Iterable[str], known: Collection[str], origin: str) -> None:
+    """Raise UserError for the names that are no known ones, with the nearest that are."""
+    problems = []
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            problems.append(f"there is no option '{name}'" + "".join(f"; did you mean '{near}'?" for near in nearest))
+    if problems:
+        raise UserError(f"{origin}{'; '.join(problems)} (--help lists all)")
 
 
 def _base_type(field: "dataclasses.Field[Any]") -> type:
     """Return the type of a field, without the None of an optional one."""
-    kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
-    return kinds[0] if kinds else field.type  # type: ignore[return-value]
+    kinds: tuple[Any, ...] = get_args(field.type) or (field.type,)  # (type, NoneType) of an optional one
+    return kinds[0]
 
 
 def converted(values: Mapping[str, Any]) -> dict[str, Any]:

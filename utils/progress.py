@@ -1,6 +1,7 @@
 """What a run shows while it goes on (one progress bar, messages above it), and requests to stop it."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,14 +10,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import distributed
+
+def _is_main() -> bool:
+    """Return whether this is the first or only process, by torchrun's word: importing torch would take seconds."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class AboveBar(logging.Handler):
     """This handler writes a message above the progress bar, to the present stdout, in the main process only."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if distributed.is_main():
+        if _is_main():
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             tqdm.write(prefix + self.format(record))
             sys.stdout.flush()
@@ -33,7 +37,7 @@ def set_up_logging() -> None:
 
 def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":
     """Return a bar that shows itself on a terminal only, and in the main process only."""
-    hidden = None if distributed.is_main() else True
+    hidden = None if _is_main() else True
     return tqdm(total=total, initial=initial, desc=title, leave=False, disable=hidden)
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "experiment_scripts"
+README = Path(__file__).resolve().parents[1] / "README.md"
+SCRIPTS = README.with_name("experiment_scripts")
 TABLE = SCRIPTS / "published.csv"
-README = ROOT / "README.md"
 
 # Where a number was read: how the source is introduced in a script, and the sign behind the number in README.md.
 MARKS = {
@@ -54,12 +53,12 @@ class Published:
 
     @property
     def has_head(self) -> bool:
-        """Whether the row is one of a head learner: trained once for all shots, tested without transduction."""
+        """Return whether the row is one of a head learner: trained once for all shots, tested without transduction."""
         return self.row.partition("/")[0].endswith("way")
 
     @property
     def number(self) -> str:
-        """The accuracy and its ± as text, with the digits of the source."""
+        """Return the accuracy and its ± as text, with the digits of the source."""
         return f"{self.accuracy}" if self.ci is None else f"{self.accuracy} ± {self.ci}"
 
 
@@ -70,9 +69,8 @@ def read(path: Path = TABLE) -> list[Published]:
         lines = csv.DictReader(file)
         for line in lines:
             try:
-                numbers = {name: Decimal(line[name]) if line[name] else None for name in ("accuracy", "ci")}
-                counts = {name: int(line[name]) for name in ("way", "shot")}
-                values: dict[str, Any] = {**line, **numbers, **counts}
+                values: dict[str, Any] = line | {name: int(line[name]) for name in ("way", "shot")}
+                values |= {name: Decimal(line[name]) if line[name] else None for name in ("accuracy", "ci")}
                 published.append(Published(**values))
                 if published[-1].accuracy is not None and published[-1].mark not in MARKS:
                     raise ValueError(f"the mark is none of {', '.join(MARKS)}")
@@ -122,12 +120,9 @@ def _table(title: str, lines: Iterable[Published]) -> str:
     datasets = list(dict.fromkeys(dataset for row in cells.values() for dataset in row))
     rows = [[f"5-way 1-/5-shot, %: {title}", *datasets], ["---"] * (len(datasets) + 1)]
     for names, row in cells.items():
-        rows.append([", ".join(names), *(_cell(row.get(dataset, {})) for dataset in datasets)])
+        shots = [[row[dataset].get(shot, "–") for shot in (1, 5)] if dataset in row else ["–"] for dataset in datasets]
+        rows.append([", ".join(names), *map(" / ".join, shots)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _cell(numbers: dict[int, str]) -> str:
-    return " / ".join(numbers.get(shot, "–") for shot in (1, 5)) if numbers else "–"
 
 
 def write(lines: Sequence[Published]) -> None:

@@ -67,16 +67,15 @@ class Result(NamedTuple):
     trained_on: str
     model: str
     checkpoints: str
-    accuracy: str  # with the CI per episode
-    ci95_per_query: str
+    cells: tuple[str, str]  # accuracy with the CI per episode; CI per query
     protocol: str
 
 
 class Episode(NamedTuple):
     """An episode is a task and the model's answers."""
 
-    support: np.ndarray  # (way, shot, H, W, C) uint8
-    query: np.ndarray  # (way, query, H, W, C) uint8
+    support: np.ndarray  # (way, at most SHOWN, H, W, C) uint8
+    query: np.ndarray  # (way, at most SHOWN, H, W, C) uint8
     predictions: np.ndarray  # (way, query), indices of classes
     class_names: np.ndarray  # (way,)
 
@@ -122,10 +121,10 @@ def _in_words(entry: Mapping[str, Any]) -> Result:
         f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
         f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
     )
-    accuracy = f"{100 * entry['accuracy']:.2f} ± {100 * entry['ci95_per_episode']:.2f} %"
-    per_query = f"± {100 * entry['ci95_per_query']:.2f} %"
-    checkpoints = ", ".join(entry["checkpoints"])
-    return Result(entry["dataset"], entry["trained_on"], entry["model"], checkpoints, accuracy, per_query, protocol)
+    accuracy, episodes, queries = (100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query"))
+    cells = f"{accuracy:.2f} ± {episodes:.2f} %", f"± {queries:.2f} %"
+    checkpoints = f"{entry['model']}: {', '.join(entry['checkpoints'])}"
+    return Result(entry["dataset"], entry["trained_on"], entry["model"], checkpoints, cells, protocol)
 
 
 def read_episode(folder: Path) -> tuple[str, Episode] | None:
@@ -136,7 +135,8 @@ def read_episode(folder: Path) -> tuple[str, Episode] | None:
     trained_on = {f"sample_episode_{result.trained_on}.npz" for result in read_results(folder)}
     path = next((path for path in paths if path.name in trained_on), paths[0])
     with _damage_named(path), np.load(path, allow_pickle=False) as file:
-        episode = Episode(*(file[name] for name in Episode._fields))
+        support, query, *answers = (file[name] for name in Episode._fields)
+        episode = Episode(support[:, :SHOWN], query[:, :SHOWN], *answers)
     return path.stem.removeprefix("sample_episode_"), episode
 
 
@@ -197,7 +197,7 @@ def write_report(folder: Path) -> str:
 def _table(results: Sequence[Result]) -> list[str]:
     """Return a row for each data set, two columns for each model; then the checkpoints behind the models."""
     models = list(dict.fromkeys(result.model for result in results))
-    cells = {(result.dataset, result.model): (result.accuracy, result.ci95_per_query) for result in results}
+    cells = {(result.dataset, result.model): result.cells for result in results}
     rows = [
         ["", *(text for model in models for text in (model, ""))],
         ["", *["accuracy ± 95 % CI", "± 95 % CI"] * len(models)],
@@ -205,8 +205,7 @@ def _table(results: Sequence[Result]) -> list[str]:
     ]
     for name in dict.fromkeys(result.dataset for result in results):
         rows.append([name, *(text for model in models for text in cells.get((name, model), ("–", "–")))])
-    checkpoints = dict.fromkeys(f"{result.model}: {result.checkpoints}" for result in results)
-    return [*aligned(rows), "", *checkpoints]
+    return [*aligned(rows), "", *dict.fromkeys(result.checkpoints for result in results)]
 
 
 def _duration(seconds: float) -> str:
@@ -225,19 +224,15 @@ def draw(folder: Path, path: Path) -> Path:
 
     epochs, sample, setup = read_epochs(folder), read_episode(folder), read_setup(folder)
     chance = 100 / (setup.test_way or setup.num_classes_per_set) if setup else None  # of the validation
-    rows, columns = (len(sample[1].support), _columns(sample[1])) if sample else (5, 0.0)
-    width, height = 5.5 + CELL * columns, 1.75 + CELL * rows  # inches
-    figure = Figure(figsize=(width, height), dpi=150)
-    at = 0.3 / width, 1 - 0.3 / height
-    figure.text(*at, _title(folder), size=13, weight="bold", va="center", parse_math=False)
-
-    def axes(left: float, wide: float, high: float) -> "Axes":
-        """Return axes of a size in inches, their upper edge where all images begin."""
-        return figure.add_axes((left / width, 1 - (1.1 + high) / height, wide / width, high / height))
-
-    _draw_curve(axes(0.8, 4.3, CELL * min(rows, 6)), epochs, chance)
+    rows, columns = (len(sample[1].support), _columns(sample[1])[1]) if sample else (5, 0.0)
+    figure = Figure((5.5 + CELL * columns, 1.75 + CELL * rows), dpi=150)
+    inch = 1 / figure.get_size_inches()  # of the figure's width and height
+    figure.text(0.3 * inch[0], 1 - 0.3 * inch[1], _title(folder), size=13, weight="bold", va="center", parse_math=False)
+    top = 1 - 1.1 * inch[1]  # of both drawings
+    curve, images = CELL * min(rows, 6) * inch[1], CELL * rows * inch[1]  # heights
+    _draw_curve(figure.add_axes((0.8 * inch[0], top - curve, 4.3 * inch[0], curve)), epochs, chance)
     if sample:
-        _draw_episode(axes(5.4, CELL * columns, CELL * rows), *sample)
+        _draw_episode(figure.add_axes((5.4 * inch[0], top - images, CELL * columns * inch[0], images)), *sample)
     with replace_file(path) as file:
         figure.savefig(file, format="png")
     return path
@@ -266,33 +261,30 @@ def _draw_curve(axes: "Axes", epochs: Sequence[Epoch], chance: float | None) -> 
     axes.legend(frameon=False, fontsize=9)
 
 
-def _columns(episode: Episode) -> float:
-    """Return the width of a drawn episode in cells."""
-    return _query_column(episode) + min(SHOWN, episode.query.shape[1])
-
-
-def _query_column(episode: Episode) -> float:
-    return NAME + min(SHOWN, episode.support.shape[1]) + GAP
+def _columns(episode: Episode) -> tuple[float, float]:
+    """Return where the query images of a drawn episode begin and end, in cells."""
+    start = NAME + episode.support.shape[1] + GAP
+    return start, start + episode.query.shape[1]
 
 
 def _draw_episode(axes: "Axes", dataset: str, episode: Episode) -> None:
     """Draw a row for each class: its name, support images, query images framed by whether the answer is right."""
-    start, (way, queries) = _query_column(episode), episode.predictions.shape
+    (start, end), (way, queries) = _columns(episode), episode.predictions.shape
+    right = episode.predictions == np.arange(way)[:, None]
     for row, name in enumerate(episode.class_names):
         axes.text(0.25, row + 0.45, str(row + 1), size=11, weight="bold", ha="center", va="center")
         axes.text(0.5, row + 0.45, short_name(str(name)), size=8, va="center", parse_math=False)
-        for column, image in enumerate(episode.support[row, :SHOWN]):
+        for column, image in enumerate(episode.support[row]):
             _draw_image(axes, image, NAME + column, row, SUPPORT)
-        for column, image in enumerate(episode.query[row, :SHOWN]):
-            answer = int(episode.predictions[row, column])
-            _draw_image(axes, image, start + column, row, RIGHT if answer == row else WRONG)
-            if answer != row:
-                at, corner = (start + column + 0.87, row + 0.87), {"facecolor": WRONG, "edgecolor": "none", "pad": 1.5}
-                axes.text(*at, str(answer + 1), color="white", size=8, ha="right", va="bottom", bbox=corner)
-    right = int((episode.predictions == np.arange(way)[:, None]).sum())
-    title = f"An episode of {dataset}: {right} of {way * queries} query images right"
-    axes.set(xlim=(0, _columns(episode)), ylim=(way, 0), aspect="auto")
-    axes.set_title(title, loc="left", x=NAME / _columns(episode), fontsize=11, pad=22, parse_math=False)
+        for column, image in enumerate(episode.query[row]):
+            _draw_image(axes, image, start + column, row, RIGHT if right[row, column] else WRONG)
+            if not right[row, column]:
+                corner = start + column + 0.87, row + 0.87, str(episode.predictions[row, column] + 1)
+                label = {"facecolor": WRONG, "edgecolor": "none", "pad": 1.5}
+                axes.text(*corner, color="white", size=8, ha="right", va="bottom", bbox=label)
+    title = f"An episode of {dataset}: {right.sum()} of {right.size} query images right"
+    axes.set(xlim=(0, end), ylim=(way, 0), aspect="auto")
+    axes.set_title(title, loc="left", x=NAME / end, fontsize=11, pad=22, parse_math=False)
     axes.text(NAME, -0.12, "support", size=9)
     axes.text(start, -0.12, "query" if queries <= SHOWN else f"query, {SHOWN} of {queries} per class", size=9)
     axes.text(start, way + 0.2, "■ right", color=RIGHT, size=9)
@@ -304,7 +296,7 @@ def _draw_image(axes: "Axes", image: np.ndarray, x: float, y: float, colour: str
     """Draw uint8 (H, W, 1 or 3) into the cell at (x, y) with a frame, its longer side 0.9 cells."""
     from matplotlib.patches import Rectangle
 
-    height, width = (0.9 * side / max(image.shape[:2]) for side in image.shape[:2])
+    height, width = 0.9 * np.array(image.shape[:2]) / max(image.shape[:2])
     axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), extent=(x, x + width, y + height, y))
     axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=2.5, clip_on=False))
 
