@@ -872,9 +872,7 @@ def test_an_npz_whose_header_claims_more_than_it_holds_is_an_error(tmp_path: Pat
     tiered_labels(tmp_path, "labels")
     with zipfile.ZipFile(tmp_path / "val_images.npz", "w") as archive, archive.open("images.npy", "w") as out:
         np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": (8, 900, 900, 3)})
-    with pytest.raises(
-        UserError, match=r"val_images\.npz is damaged .*'images' has fewer than the 8 images"
-    ):
+    with pytest.raises(UserError, match=r"val_images\.npz is damaged .*'images' has fewer than the 8 images"):
         prepare("tiered_imagenet", tmp_path)
 
 
