@@ -5,7 +5,6 @@ makes it known to `ClassificationHead` and to --head. Kernels and all that is so
 embeddings' type, unless qpth is to solve in float32.
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qp_solvers import Factors, adjoint, box, crammer_singer, search, solve, solve_crammer_singer_qpth
 from utils.errors import UserError
-from utils.options import Options, add_choice, add_options, declaration, opt, tuned
+from utils.options import Options, add_choice, add_options, check_names, declaration, opt, tuned
 
 
 @add_options
@@ -154,12 +153,9 @@ def _check_shapes(query: Tensor, support: Tensor, labels: Tensor) -> None:
 
 
 def _options_of(learner: Callable[..., Scores], options: dict[str, Any]) -> dict[str, Any]:
-    """The given options that `learner` takes."""
+    """Return those of the options that `learner` takes."""
     known = {name for head in HEADS.values() for name in _option_names(head)}
-    for name in options.keys() - known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}."
-        raise UserError(f"no head has an option {name!r}: {hint}")
+    check_names(options, known, f"heads have {', '.join(sorted(known))}: ")
     return {n: options[n] for n in _option_names(learner) if options.get(n) is not None}
 
 

@@ -215,18 +215,10 @@ def open_dataset(options: Options, name: str, split: str) -> Split:
 
 def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:
     """Return the endless training tasks of a split."""
-    mean, std = normalization or (None, None)
     turned = turns_classes(options.dataset_name) if options.rotate_classes is None else options.rotate_classes
-    return Episodes(
-        split,
-        *options.training_task,
-        options.train_seed,
-        mean,
-        std,
-        device,
-        rotate_classes=turned,
-        augment_padding=crop_padding(options.image_height) if options.augment else None,
-    )
+    padding = crop_padding(options.image_height) if options.augment else None
+    task, (mean, std) = options.training_task, normalization or (None, None)
+    return Episodes(split, *task, options.train_seed, mean, std, device, rotate_classes=turned, augment_padding=padding)
 
 
 def evaluation_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:

@@ -102,7 +102,9 @@ class Experiment:
         with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
             while (done := self.model.iterations_done) < end:
                 batch = episodes.batch(done * options.batch_size + tasks.start, len(tasks))
-                torch.manual_seed(iteration_seed(options.seed, done))
+                # What the network draws (dropout) is the same whenever and however often an iteration is run.
+                seed = np.random.SeedSequence([options.seed, done, distributed.rank()])
+                torch.manual_seed(int(seed.generate_state(1)[0]))
                 metrics, _ = self.model.run_train_iter(batch, epoch)
                 unread.append(torch.stack([metrics[name].to(metrics["loss"].dtype) for name in self.metrics]))
                 bar.update()
@@ -313,17 +315,12 @@ def iterations_between_readings(seconds_per_iteration: float) -> int:
     return max(1, min(READ_EVERY_ITERATIONS, int(READ_EVERY_SECONDS / max(seconds_per_iteration, 1e-6))))
 
 
-def iteration_seed(seed: int, iteration: int) -> int:
-    """Of what the network draws in a training iteration (dropout): the same whenever and however often it is run."""
-    return int(np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(1)[0])
-
-
 def local_tasks(batch_size: int) -> range:
     """This process's share of a meta-batch; raises UserError if it cannot be shared out equally."""
     ranks = distributed.world_size()
-    if batch_size % ranks:
+    share, rest = divmod(batch_size, ranks)
+    if rest:
         raise UserError(
             f"--batch_size {batch_size} tasks cannot be shared equally over {ranks} GPUs; use a multiple of {ranks}"
         )
-    share = batch_size // ranks
     return range(distributed.rank() * share, (distributed.rank() + 1) * share)

@@ -1,4 +1,4 @@
-"""Reading archives that came from elsewhere: zip and tar, undamaged, with names that stay inside and sane sizes.
+"""Archives that came from elsewhere are read here: zip and tar, undamaged, with names that stay inside and sane sizes.
 
 Nothing is unpacked here: members come out one by one as (name, content), so memory stays flat.
 """

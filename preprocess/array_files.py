@@ -1,4 +1,4 @@
-"""Data sets that come as arrays: pickles and npz files of pixels or of PNGs, with labels.
+"""Some data sets come as arrays: pickles and npz files of pixels or of PNGs, with labels.
 
 Each reader returns the images of one split, as (H, W, 3) pixels or PNG files, and the class name of each. Files are
 read as views or in chunks, so memory stays flat up to tieredImageNet's 9.5 GB.

@@ -1,4 +1,4 @@
-"""CIFAR-FS (Bertinetto et al., 2019) and FC100 (Oreshkin et al., 2018): the classes of CIFAR-100, split in two ways.
+"""CIFAR-FS (Bertinetto et al., 2019) and FC100 (Oreshkin et al., 2018) split the classes of CIFAR-100 in two ways.
 
 CIFAR-FS takes 64/16/20 classes at random; FC100 60/20/20, by superclass: no superclass is in two splits.
 """

@@ -1,4 +1,4 @@
-"""A data set that comes as an archive of class folders: …/{train,val,test}/CLASS/IMAGE in a zip or tar.
+"""Any data set may come as an archive of class folders: …/{train,val,test}/CLASS/IMAGE in a zip or tar.
 
 `valid` and `validation` are val, and capitals do not matter.
 """

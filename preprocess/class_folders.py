@@ -1,4 +1,4 @@
-"""A data set from a user's own images: class folders split at random, or any images and CSV files that split them.
+"""A user's own images become a data set: class folders split at random, or images that CSV files split.
 
 The images are copied, so the data set stays whole whatever becomes of the originals, and those are never changed.
 """
@@ -109,16 +109,18 @@ def split_folder(source: Path, fractions: Sequence[float], seed: int, folder: Pa
 
 def _note_others(listing: Listing) -> None:
     """Warn of images that are not directly in a class folder."""
-    taken = {listing.root / file for file in listing.files}
-    images = (path for path in listing.root.rglob("*") if path.suffix.lower() in image_suffixes() and path.is_file())
-    others = sorted(path for path in images if path not in taken and not _is_hidden(path.relative_to(listing.root)))
+    root, taken = listing.root, set(listing.files)
+    images = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in image_suffixes())
+    others = sorted(
+        path
+        for path in images
+        if path.as_posix() not in taken
+        and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        and (root / path).is_file()
+    )
     if others:
-        where = f"directly in a class folder {listing.root}/CLASS"
-        log.warning("%d images are not %s and are left out, %r among them", len(others), where, str(others[0]))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        where = f"directly in a class folder {root}/CLASS"
+        log.warning("%d images are not %s and are left out, %r among them", len(others), where, str(root / others[0]))
 
 
 def _read_image(path: Path) -> bytes:
@@ -163,7 +165,6 @@ def from_csv(source: Path, csv_files: Sequence[Path], folder: Path) -> Contents:
     or file name that leads out of its folder, a split without classes; with the file and line of the first.
     """
     rows = read_rows(source, csv_files)
-    _check_words(rows)
     places = zip(rows, _find_images(source, rows), strict=True)
     pictures = (Picture(row.split, row.label, path.name, _read_image(path)) for row, path in places)
     return write_images(folder, pictures, str(source), len(rows), CURE)
@@ -179,7 +180,7 @@ def read_rows(source: Path, csv_files: Sequence[Path]) -> list[Row]:
     if len(csv_files) != len(SPLITS):
         found = len(csv_files)
         raise UserError(f"--csv needs train.csv val.csv test.csv, or one file with a column split; not {found}")
-    rows = []
+    rows: list[Row] = []
     for split, path in zip(SPLITS, csv_files, strict=True):
         if SPLIT_WORDS.get(path.stem.lower(), split) != split:
             raise UserError(f"--csv has {path.name} in the place of {split}: give train.csv val.csv test.csv, in order")
@@ -213,31 +214,25 @@ def _locate(source: Path, csv_file: Path) -> Path:
     return csv_file if csv_file.is_file() else source / csv_file
 
 
-def _check_words(rows: Sequence[Row]) -> None:
-    """Raise UserError for odd names, a class in two splits and a split without classes."""
-    first: dict[str, Row] = {}
+def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
+    """Return the file of each row. Images of two classes may have one name, where they lie in folders of their own.
+
+    UserError for odd names, a class in two splits, an image that is missing, or listed or copied twice, and a split
+    without classes.
+    """
+    found: list[Path] = []
+    missing: list[str] = []
+    class_rows: dict[str, Row] = {}
+    listed: dict[Path | tuple[str, str], Row] = {}
     for row in rows:
         if not is_plain(row.label):
             raise UserError(f"{row.where}: label {row.label!r} cannot be the name of a folder: change it")
         if leads_out(row.file) or not is_plain(row.file.rpartition("/")[2]):
             raise UserError(f"{row.where}: file name {row.file!r} leads out of the folder of images, is hidden or odd")
-        before = first.setdefault(row.label, row)
+        before = class_rows.setdefault(row.label, row)
         if before.split != row.split:
             both = f"{before.split} ({before.where}) and {row.split} ({row.where})"
             raise UserError(f"class {row.label!r} is in two splits, {both}: a class belongs to one of them")
-    if empty := [split for split in SPLITS if split not in {row.split for row in rows}]:
-        raise UserError(f"the CSV files have no class for {' and '.join(empty)}: each split needs at least one")
-
-
-def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
-    """Return the file of each row. UserError for missing ones, and for one that is listed or would be copied twice.
-
-    Images of two classes may have one name, where they lie in folders of their own.
-    """
-    found: list[Path] = []
-    missing: list[str] = []
-    listed: dict[Path | tuple[str, str], Row] = {}
-    for row in rows:
         path = next(filter(Path.is_file, (source / row.file, source / row.label / row.file)), None)
         if path is None:
             missing.append(f"{row.file} ({row.where})")
@@ -251,8 +246,8 @@ def _find_images(source: Path, rows: Sequence[Row]) -> list[Path]:
                     f"{before.label!r} ({before.where}): list an image once, or rename one of the two"
                 )
     if missing:
-        raise UserError(
-            f"{len(missing)} of {len(rows)} listed images are neither at {source}/FILENAME nor at "
-            f"{source}/LABEL/FILENAME: {first_of(missing, NAMED)}"
-        )
+        where = f"neither at {source}/FILENAME nor at {source}/LABEL/FILENAME"
+        raise UserError(f"{len(missing)} of {len(rows)} listed images are {where}: {first_of(missing, NAMED)}")
+    if empty := [split for split in SPLITS if split not in {row.split for row in rows}]:
+        raise UserError(f"the CSV files have no class for {' and '.join(empty)}: each split needs at least one")
     return found

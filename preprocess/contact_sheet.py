@@ -1,4 +1,4 @@
-"""A picture of a data set: some classes of each split, a row of images of each."""
+"""A contact sheet shows some classes of each split of a data set, with a row of images of each."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

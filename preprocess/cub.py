@@ -1,4 +1,4 @@
-"""CUB-200-2011 (Wah et al., 2011): 200 species of birds, 11,788 photos, split 100/50/50 by the number of the class."""
+"""CUB-200-2011 (Wah et al., 2011) is 11,788 photos of 200 species of birds, split 100/50/50 by class number."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a data set holds: numbers, pictures that are there twice, a contact sheet.
+"""Describes a data set: numbers, pictures that are there twice, a contact sheet.
 
 python preprocess/describe.py CIFAR_FS
 
@@ -32,8 +32,8 @@ SHOWN = 5  # of duplicates and of unreadable files
 SIZES_SHOWN = 3  # a split with more different image sizes gets their range
 
 
-def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[str, Path]:
-    """Return the description, and where the contact sheet is: `output`, or NAME_contact_sheet.png in this folder.
+def describe(name: str, dataset_dir: Path, output: Path | None = None) -> str:
+    """Return the description; the contact sheet goes to `output`, or to NAME_contact_sheet.png in this folder.
 
     A built-in data set that is missing is made. UserError for any other, for one that is incomplete, for a class
     without images, and for an `output` that is not a PNG file or cannot be written.
@@ -54,7 +54,7 @@ def describe(name: str, dataset_dir: Path, output: Path | None = None) -> tuple[
         raise UserError(f"cannot write {output}: {error.strerror}. Choose another place with --output") from error
     what = [f"{folder.name} in {folder}", published_note(folder)]
     sections = [*what, table(splits), shared_classes(splits), duplicates(splits), unreadable(folder, splits)]
-    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"]), output
+    return "\n\n".join([*filter(None, sections), f"Contact sheet: {output}"])
 
 
 def table(splits: Mapping[str, Pictures]) -> str:
@@ -64,7 +64,7 @@ def table(splits: Mapping[str, Pictures]) -> str:
         "images": lambda pictures: [f"{len(pictures.files):,}"],
         "images per class": lambda pictures: [_range(_class_sizes(pictures))],
         "width x height": lambda pictures: image_sizes(pictures.measured["size"]),
-        "stored as": _kinds,
+        "stored as": lambda pictures: _counted(pictures.measured["kind"].tolist()),
         "mean, R G B": lambda pictures: [_channels(pictures.mean_and_std()[0])],
         "std, R G B": lambda pictures: [_channels(pictures.mean_and_std()[1])],
     }
@@ -84,19 +84,19 @@ def _range(counts: Sequence[int]) -> str:
 
 def image_sizes(sizes: np.ndarray) -> list[str]:
     """Return a line for each different size of (N, 2) widths and heights, or the range if they are many."""
-    different = Counter(map(tuple, sizes.tolist())).most_common()
-    if len(different) == 1:
-        return ["{}x{}".format(*different[0][0])]
-    if len(different) <= SIZES_SHOWN:
-        return [f"{width}x{height}: {count:,}" for (width, height), count in different]
+    names = [f"{width}x{height}" for width, height in sizes.tolist()]
+    different = len(set(names))
+    if different <= SIZES_SHOWN:
+        return _counted(names)
     named = {"min": sizes.min(axis=0), "median": np.median(sizes, axis=0).astype(int), "max": sizes.max(axis=0)}
     lines = [f"{word} {width}x{height}" for word, (width, height) in named.items()]
-    return [*lines, f"{len(different):,} different"]
+    return [*lines, f"{different:,} different"]
 
 
-def _kinds(pictures: Pictures) -> list[str]:
-    kinds = Counter(pictures.measured["kind"].tolist()).most_common()
-    return [kind if len(kinds) == 1 else f"{kind}: {count:,}" for kind, count in kinds]
+def _counted(names: Sequence[str]) -> list[str]:
+    """Return each different name with its number, the most frequent first; no number where all are the same."""
+    counts = Counter(names).most_common()
+    return [name if len(counts) == 1 else f"{name}: {count:,}" for name, count in counts]
 
 
 def _channels(values: np.ndarray) -> str:
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Names of files need not be valid Unicode.
     return entry.run(
-        lambda: print(describe(options.name, options.dataset_dir, options.output)[0].encode(errors="replace").decode())
+        lambda: print(describe(options.name, options.dataset_dir, options.output).encode(errors="replace").decode())
     )
 
 

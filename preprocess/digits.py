@@ -1,4 +1,4 @@
-"""The built-in data set digits: scikit-learn's real handwritten digits, 8x8 pixels, a test split only.
+"""The built-in data set digits is scikit-learn's real handwritten digits, 8x8 pixels, a test split only.
 
 Enlarged to 32x32 and inverted to dark ink on light paper, as glyphs has it: a model trained on glyphs meets
 other shapes by other hands, not a negative.

@@ -1,4 +1,4 @@
-"""The built-in data sets glyphs and glyphs_colour: characters drawn from the fonts that ship with matplotlib.
+"""The built-in data sets glyphs and glyphs_colour are characters drawn from the fonts that ship with matplotlib.
 
 Train on Latin letters and symbols, validate on Cyrillic and Greek, test on Armenian and Georgian: unseen
 scripts. A picture is a function of data set, character and index alone: the same on every run.
@@ -106,13 +106,9 @@ def faces_of(characters: str) -> dict[str, list[ImageFont.FreeTypeFont]]:
 
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     files = sorted(path for pattern in FACES for path in folder.glob(pattern))
-    faces: dict[str, list[ImageFont.FreeTypeFont]] = {character: [] for character in characters}
-    for file in files:
-        font = ImageFont.truetype(file, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-        covered = FT2Font(str(file)).get_charmap()
-        for character in characters:
-            if ord(character) in covered:
-                faces[character].append(font)
+    basic = ImageFont.Layout.BASIC
+    fonts = [(ImageFont.truetype(file, FONT_SIZE, 0, "", basic), FT2Font(str(file)).get_charmap()) for file in files]
+    faces = {character: [font for font, has in fonts if ord(character) in has] for character in characters}
     lacking = [character for character in characters if len(faces[character]) < FACES_PER_CHARACTER]
     if lacking:
         raise UserError(

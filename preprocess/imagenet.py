@@ -1,4 +1,4 @@
-"""miniImageNet (Ravi and Larochelle, 2017) and tieredImageNet (Ren et al., 2018): classes of ILSVRC 2012, training set.
+"""miniImageNet (Ravi and Larochelle, 2017) and tieredImageNet (Ren et al., 2018) are classes of ILSVRC 2012's images.
 
 miniImageNet is 600 images of each of 64/16/20 classes; tieredImageNet all of 351/97/160, split by superclass.
 """

@@ -1,11 +1,10 @@
-"""Omniglot (Lake et al., 2015): 1623 characters of 50 alphabets, each a class of 20 drawings.
+"""Omniglot (Lake et al., 2015) has 1623 characters of 50 alphabets, each a class of 20 drawings.
 
 28x28, one channel, dark ink (0) on light paper (255) as in the originals. The split has MAML++'s sizes; which
 characters its authors drew is not published, so it is a seeded draw of our own.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +36,7 @@ MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.AS
 def pictures(archives: Path) -> Iterator[Picture]:
     """Yield the drawings of both archives, made small, of classes ALPHABET_characterNN.
 
-    UserError, before the first, where an archive has not all its drawings.
+    UserError, before the first, where an archive has not all its characters, or one that is in both.
     """
     drawings = {path: _drawings(path) for path in (archives / f"{archive}.zip" for archive in ARCHIVES)}
     split_of = draw_split({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
@@ -48,10 +47,7 @@ def pictures(archives: Path) -> Iterator[Picture]:
 
 
 def draw_split(names: set[str]) -> dict[str, str]:
-    """Return class name -> split: a permutation of the sorted names, cut at 1150 and 1200.
-
-    UserError where they are not 1623, as when a character is in both archives.
-    """
+    """Return class name -> split: a permutation of the sorted names, cut at 1150 and 1200. UserError if not 1623."""
     wanted = sum(SPLIT_SIZES.values())
     if len(names) != wanted:
         shared = f"{' and '.join(ARCHIVES)} share {wanted - len(names)} characters"
@@ -74,18 +70,14 @@ def shrink(png: bytes, name: str) -> Image.Image:
 
 
 def _drawings(path: Path) -> dict[str, tuple[str, str]]:
-    """Return member name -> class and file name. UserError if the archive has not all its characters and drawings."""
+    """Return member name -> class and file name. UserError if the archive has not all its characters."""
     with open_zip(path, ORIGIN) as opened:
         matches = [match for match in map(MEMBER.fullmatch, opened.namelist()) if match and match[1] == path.stem]
     drawings = {match[0]: (f"{match[2]}_{match[3]}", match[4]) for match in matches}
-    images = Counter(class_name for class_name, _ in drawings.values())
-    odd = [name for name in images if images[name] != IMAGES_PER_CLASS]
-    if odd or len(images) != ARCHIVES[path.stem]:
-        found = f"{odd[0]!r} has {images[odd[0]]} drawings" if odd else f"it has {len(images)} characters"
-        raise UserError(
-            f"{path} must hold {ARCHIVES[path.stem]} characters with {IMAGES_PER_CLASS} drawings "
-            f"each, at {path.stem}/ALPHABET/characterNN/*.png, but {found}. Fetch {ORIGIN}"
-        )
+    found, wanted = len({class_name for class_name, _ in drawings.values()}), ARCHIVES[path.stem]
+    if found != wanted:
+        where = f"at {path.stem}/ALPHABET/characterNN/*.png"
+        raise UserError(f"{path} must hold {wanted} characters {where}, but it has {found}. Fetch {ORIGIN}")
     return drawings
 
 

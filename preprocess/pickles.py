@@ -1,4 +1,4 @@
-"""Reading pickles that came from elsewhere without running anything that they say.
+"""This module reads pickles that came from elsewhere without running anything that they say.
 
 A pickle is a program. `pickletools.genops` looks it through first: only the instructions that build arrays, lists,
 dicts, bytes, strings and numbers, of protocols 0 to 5, Python 2 and 3, are passed on, and large data stay in the file,

@@ -1,4 +1,4 @@
-"""How a data set is declared: what it can be made from, and what it must hold then."""
+"""A data set is declared by what it can be made from, and by what it must hold then."""
 
 import hashlib
 import json

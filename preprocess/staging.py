@@ -1,4 +1,4 @@
-"""How every data set comes to be: built beside its place, checked, then moved there in one step.
+"""Every data set is built beside its place, checked, then moved there in one step.
 
 A data set is a folder NAME/{train,val,test}/CLASS/IMAGE with a `contents.json` that says how many images each
 class was built with, and from what. Whatever interrupts a build, NAME is either absent or whole; nothing that this

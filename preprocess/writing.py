@@ -1,4 +1,4 @@
-"""Writing the images of a data set: each one checked to decode, several at a time, at most a few in memory."""
+"""This module writes the images of a data set, each checked to decode, several at a time, few of them in memory."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -50,7 +50,7 @@ def data_set(tmp_path: Path) -> Path:
 
 
 def described(folder: Path, **options: Path) -> str:
-    return describe(folder.name, folder.parent, options.get("output", folder.parent / "sheet.png"))[0]
+    return describe(folder.name, folder.parent, options.get("output", folder.parent / "sheet.png"))
 
 
 def surveyed(folder: Path, workers: int | None = 1) -> dict:
@@ -274,7 +274,7 @@ def test_a_data_set_that_is_not_there_says_how_to_make_it_and_what_is_there(
 
 
 def test_a_built_in_data_set_that_is_missing_is_made(tmp_path: Path) -> None:
-    text, _ = describe("digits", tmp_path, tmp_path / "sheet.png")
+    text = describe("digits", tmp_path, tmp_path / "sheet.png")
     assert "1,797" in text and "174 to 183" in text and (tmp_path / "digits" / "test").is_dir()
 
 

@@ -3,7 +3,9 @@
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,23 @@ from inner_loop_optimizers import RULES
 from meta_neural_network_architectures import BACKBONES
 from preprocess.preprocess import prepare
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
-from utils import names
+from utils import names, options
 from utils.options import parse_args
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(autouse=True)
+def registered_for_one_test_only() -> Iterator[None]:
+    """Forget afterwards what the documents' code has registered."""
+    registries: list[dict[str, Any]] = [RULES, HEADS, BACKBONES]
+    registries += [options.declaration(name).choices for name in ("head", "backbone")]
+    before = [*map(dict, registries)], options._current, [*options._checks]
+    yield
+    for registry, kept in zip(registries, before[0], strict=True):
+        registry.clear()
+        registry.update(kept)
+    options._current, options._checks[:] = before[1:]
 
 
 def run_code(document: str, monkeypatch: pytest.MonkeyPatch, module: str = "of_a_document") -> list[types.ModuleType]:
@@ -30,16 +45,14 @@ def run_code(document: str, monkeypatch: pytest.MonkeyPatch, module: str = "of_a
 
 
 def test_a_method_of_the_document_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "Shrink" not in RULES:
-        run_code("adding_a_method.md", monkeypatch)
+    run_code("adding_a_method.md", monkeypatch)
     model = tiny_model(shrink=True, shrink_start=0.5)
     model.run_train_iter(tiny_batch(), 0)
     assert all(p.grad is not None and p.grad != 0 for p in model.rules["Shrink"].parameters())
 
 
 def test_a_head_and_a_network_of_the_document_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "Nearest" not in HEADS:
-        run_code("adding_a_head.md", monkeypatch)
+    run_code("adding_a_head.md", monkeypatch)
     assert parse_args(["--head", "Nearest", "--nearest_softness", "2"]).learner == "head"
     support, labels = torch.eye(4).unsqueeze(0), torch.tensor([[0, 1, 0, 1]])
     logits = ClassificationHead("Nearest")(support + 0.1, support, labels, 2, 2, nearest_softness=2.0)

@@ -1,6 +1,9 @@
 """Messages of all modules go through one channel, and every program ends alike."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +42,8 @@ def test_a_program_ends_with_a_status_and_one_line(
 
     assert entry.run(main, "stopped here") == status
     assert capsys.readouterr().err == printed
+
+
+def test_preparing_data_sets_does_not_wait_for_torch() -> None:
+    command = [sys.executable, "-c", "import sys, preprocess.preprocess; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, check=False).returncode == 0

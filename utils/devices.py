@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import resource
 import sys
 
 import torch
@@ -69,7 +70,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30

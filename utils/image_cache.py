@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # raise it when the same files would give other bytes
-Cached = tuple[np.ndarray, dict[str, Any]]  # images (N, H, W, C) and the JSON file, see `_write_images`
+Cached = tuple[np.ndarray, dict[str, Any]]  # images (N, H, W, C) and the JSON file, see `_build`
 
 
 @dataclass
@@ -143,8 +143,31 @@ def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_image
             f"Disk full: the image cache in {stem.parent} takes {needed / 1e6:,.2f} MB, of which only "
             f"{free / 1e6:,.2f} are free. Free some space and run again."
         )
+    skipped: list[tuple[str, str]] = []
+    counts = np.zeros((image_shape[0], 256), np.int64)
     with replace_file(stem.with_suffix(".npy")) as out:
-        meta = _write_images(out, listing, image_shape, skip_bad_images, workers)
+        _write_header(out, len(listing.files), image_shape)
+        bar = tqdm(total=len(listing.files), desc=f"Reading {listing.root}", unit=" images", disable=None)
+        with bar, closing(decode_all(listing, image_shape, workers)) as pieces:
+            for piece in pieces:
+                if piece.bad and not skip_bad_images:
+                    raise UserError(f"{_unreadable(listing.root, piece.bad)}. Mend or remove what is named, or "
+                                    "go on without unreadable images: --skip_bad_images true")  # fmt: skip
+                out.write(piece.images.tobytes())
+                counts += piece.counts
+                skipped += piece.bad
+                bar.update(len(piece.images) + len(piece.bad))
+        sizes = Counter(listing.class_sizes) - Counter(file.split("/")[0] for file, _ in skipped)
+        if empty := [name for name in listing.class_sizes if name not in sizes]:
+            raise UserError(f"No image in the class folder {listing.root / empty[0]} can be read: remove it.")
+        _write_header(out, sizes.total(), image_shape)
+        values, total = np.arange(256) / 255, counts.sum(axis=1)
+        mean = (counts * values).sum(axis=1) / total
+        std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / total)
+        meta = {
+            "format": FORMAT, "fingerprint": listing.fingerprint, "class_sizes": sizes,
+            "mean": mean.tolist(), "std": std.tolist(), "skipped": skipped,
+        }  # fmt: skip
         text = json.dumps(meta).encode()
         out.write(hashlib.sha256(text).digest())
         out.flush()
@@ -152,36 +175,6 @@ def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_image
     with replace_file(stem.with_suffix(".json")) as out:
         out.write(text)
     return images, meta
-
-
-def _write_images(
-    out: IO[bytes], listing: Listing, image_shape: ImageShape, skip_bad_images: bool, workers: int | None
-) -> dict[str, Any]:
-    """Stream the images into `out` as an .npy array and return the metadata."""
-    skipped: list[tuple[str, str]] = []
-    counts = np.zeros((image_shape[0], 256), np.int64)
-    _write_header(out, len(listing.files), image_shape)
-    bar = tqdm(total=len(listing.files), desc=f"Reading {listing.root}", unit=" images", disable=None)
-    with bar, closing(decode_all(listing, image_shape, workers)) as pieces:
-        for piece in pieces:
-            if piece.bad and not skip_bad_images:
-                raise UserError(f"{_unreadable(listing.root, piece.bad)}. Mend or remove what is named, or "
-                                "go on without unreadable images: --skip_bad_images true")  # fmt: skip
-            out.write(piece.images.tobytes())
-            counts += piece.counts
-            skipped += piece.bad
-            bar.update(len(piece.images) + len(piece.bad))
-    sizes = Counter(listing.class_sizes) - Counter(file.split("/")[0] for file, _ in skipped)
-    if empty := [name for name in listing.class_sizes if name not in sizes]:
-        raise UserError(f"No image in the class folder {listing.root / empty[0]} can be read: remove it.")
-    _write_header(out, sizes.total(), image_shape)
-    values, total = np.arange(256) / 255, counts.sum(axis=1)
-    mean = (counts * values).sum(axis=1) / total
-    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / total)
-    return {
-        "format": FORMAT, "fingerprint": listing.fingerprint, "class_sizes": sizes,
-        "mean": mean.tolist(), "std": std.tolist(), "skipped": skipped,
-    }  # fmt: skip
 
 
 def _write_header(out: IO[bytes], images: int, image_shape: ImageShape) -> None:

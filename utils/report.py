@@ -10,10 +10,10 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from utils.tables import aligned
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Parsed = TypeVar("Parsed")
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 6  # support and query images of a class in the picture, at most
 CELL = 0.8  # inches from one image of an episode to the next
@@ -85,33 +86,25 @@ class Episode(NamedTuple):
 
 def read_setup(folder: Path) -> Setup | None:
     """Return how the experiment is trained; None before it has begun. Raises UserError if the file is damaged."""
-    path = folder / "logs" / "options.json"
-    if not path.is_file():
-        return None
-    with _damage_named(path):
-        options = json.loads(path.read_text())
-        return Setup(*(options[name] for name in Setup._fields))
+    wanted = itemgetter(*Setup._fields)
+    return _parsed(folder / "logs" / "options.json", lambda path: Setup(*wanted(json.loads(path.read_text()))))
 
 
 def read_epochs(folder: Path) -> list[Epoch]:
     """Return the finished epochs; raises UserError where there is none or the file is damaged."""
-    path = folder / "logs" / "summary_statistics.csv"
-    if not path.is_file():
-        raise UserError(f"there is no {path}: no epoch is finished. To train: {_command(folder)}")
-    with _damage_named(path), path.open(newline="") as file:
-        epochs = [Epoch(*(float(row[name]) for name in Epoch._fields)) for row in csv.DictReader(file)]
-    if not epochs:
-        raise UserError(f"{path} has no rows: no epoch is finished. To train: {_command(folder)}")
-    return epochs
+    path, wanted = folder / "logs" / "summary_statistics.csv", itemgetter(*Epoch._fields)
+    rows = _parsed(
+        path, lambda path: [Epoch(*map(float, wanted(row))) for row in csv.DictReader(path.read_text().splitlines())]
+    )
+    if not rows:
+        raise UserError(f"there is no {path} with a row: no epoch is finished. To train: {_command(folder)}")
+    return rows
 
 
 def read_results(folder: Path) -> list[Result]:
     """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
     path = folder / "logs" / "test_summary.json"
-    if not path.is_file():
-        return []
-    with _damage_named(path):
-        return [_in_words(entry) for entry in json.loads(path.read_text())]
+    return _parsed(path, lambda path: [_in_words(entry) for entry in json.loads(path.read_text())]) or []
 
 
 def _in_words(entry: Mapping[str, Any]) -> Result:
@@ -129,22 +122,25 @@ def _in_words(entry: Mapping[str, Any]) -> Result:
 
 def read_episode(folder: Path) -> tuple[str, Episode] | None:
     """Return name and sample episode of the data set trained on, else of the first; UserError for a damaged file."""
-    paths = sorted((folder / "visual_outputs").glob("sample_episode_*.npz"))
-    if not paths:
+    found = sorted((folder / "visual_outputs").glob("sample_episode_*.npz"))
+    if not found:
         return None
     trained_on = {f"sample_episode_{result.trained_on}.npz" for result in read_results(folder)}
-    path = next((path for path in paths if path.name in trained_on), paths[0])
-    with _damage_named(path), np.load(path, allow_pickle=False) as file:
+    return _parsed(next((path for path in found if path.name in trained_on), found[0]), _read_episode)
+
+
+def _read_episode(path: Path) -> tuple[str, Episode]:
+    with np.load(path, allow_pickle=False) as file:
         support, query, *answers = (file[name] for name in Episode._fields)
-        episode = Episode(support[:, :SHOWN], query[:, :SHOWN], *answers)
-    return path.stem.removeprefix("sample_episode_"), episode
+    return path.stem.removeprefix("sample_episode_"), Episode(support[:, :SHOWN], query[:, :SHOWN], *answers)
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Turn what parsing a damaged file raises into a UserError that names the file."""
+def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
+    """Return what `parse` makes of a file, None if there is no file; raises a UserError that names a damaged one."""
+    if not path.is_file():
+        return None
     try:
-        yield
+        return parse(path)
     except (KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
