@@ -125,7 +125,7 @@ class TaskBatchNorm(nn.Module):
 
 
 def conv_norm(
-    conv: nn.Conv2d, norm: nn.Module, x: Tensor, at: Pass | None, slope: float = 1.0, pool: bool = False
+    conv: nn.Module, norm: nn.Module, x: Tensor, at: Pass | None, slope: float = 1.0, pool: bool = False
 ) -> Tensor:
     """A convolution, its normalisation, a 2x2 max-pool if wanted and a leaky ReLU; a slope of 1 is no activation.
 
@@ -389,7 +389,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, at: Pass | None = None) -> Tensor:
         """`at` says where in an inner loop the maps pass; None: nowhere, with torch's own layers."""
-        shortcut = conv_norm(*self.downsample, x, at)
+        shortcut = conv_norm(self.downsample[0], self.downsample[1], x, at)
         out = conv_norm(self.conv1, self.bn1, x, at, RESNET_SLOPE)
         out = conv_norm(self.conv2, self.bn2, out, at, RESNET_SLOPE)
         out = conv_norm(self.conv3, self.bn3, out, at) + shortcut

@@ -200,38 +200,40 @@ def weighted_sum(
 
 
 def wide(x: Tensor) -> Tensor:
-    """View dense maps (n, C, H, W) of the CPU as (n, W*C, H, 1): PyTorch adds up channels-last maps one by one, and the
-    rounding error grows with the number of values per channel."""
-    return x.permute(0, 2, 3, 1).flatten(2).unsqueeze(2).permute(0, 3, 1, 2) if on_cpu(x) else x
+    """View dense maps (n, C, H, W) of the CPU as (n, W*C, H, 1).
+
+    PyTorch adds up channels-last maps one by one, and the rounding error grows with the number of values per channel.
+    """
+    return x.permute(0, 2, 3, 1).flatten(2).unsqueeze(2).permute(0, 3, 1, 2)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel of dense maps."""
-    mean, variance = aten.batch_norm_update_stats(wide(x), None, None, 0.0)
-    if on_cpu(x):
-        means, variances = mean.view(-1, x.shape[1]), variance.view(-1, x.shape[1])
-        mean = means.mean(0)
-        variance = variances.add_((means - mean).square_()).mean(0)
-    return mean, variance
+    if not on_cpu(x):
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, variance
+    means, variances = (m.view(-1, x.shape[1]) for m in aten.batch_norm_update_stats(wide(x), None, None, 0.0))
+    mean = means.mean(0)
+    return mean, variances.add_((means - mean).square_()).mean(0)
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return per channel Σ g (x - mean) scale and Σ g of dense maps, in one pass over them."""
-    channels, columns = g.shape[1], g.shape[3]
+    wanted, channels = [False, True, True], g.shape[1]
     if on_cpu(g):
-        g, x, mean, scale = wide(g), wide(x), mean.repeat(columns), scale.repeat(columns)
-    wanted = [False, True, True]
+        mean, scale = (values.expand(g.shape[3], channels).flatten() for values in (mean, scale))
+        g, x = wide(g), wide(x)
     dw, db = aten.native_batch_norm_backward(g, x, None, None, None, mean, scale, True, EPS, wanted)[1:]
-    return dw.view(-1, channels).sum(0), db.view(-1, channels).sum(0)
+    return (dw.view(-1, channels).sum(0), db.view(-1, channels).sum(0)) if on_cpu(g) else (dw, db)
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the 2x2 max-pool of dense maps and where in its row of values each maximum is, one row per image."""
     pooled, place = aten.max_pool2d_with_indices(x, [2, 2])
-    channel = torch.arange(x.shape[1], device=x.device).view(-1, 1, 1)
+    c, h, w = x.shape[1:]
     if on_cpu(x):
-        return pooled, rows(torch.add(channel, place, alpha=x.shape[1]))
-    return pooled, rows(place + channel * (x.shape[2] * x.shape[3]))
+        return pooled, rows(torch.add(torch.arange(c).view(-1, 1, 1), place, alpha=c))
+    return pooled, rows(place + torch.arange(0, c * h * w, h * w, device=x.device).view(-1, 1, 1))
 
 
 def pick(x: Tensor, place: Tensor | None, like: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ class NormActivate(Function):
         scale = (variance + EPS).rsqrt_()
         pooled, place = (largest(x) if graph else (F.max_pool2d(x, 2), None)) if pool else (x, None)
         factor = weight * scale
-        out = weighted_sum(bias - factor * mean, (factor, pooled))
+        out = weighted_sum(torch.addcmul(bias, factor, mean, value=-1), (factor, pooled))
         if slope != 1:
             F.leaky_relu_(out, slope)
         if graph:
@@ -296,8 +298,9 @@ class NormActivateBackward(Function):
         dx = None
         if wanted:
             factor = weight * scale
-            of_x = dw * factor * scale * (-pooled.shape[1] / x.numel())
-            of_1 = db * factor * (-pooled.shape[1] / x.numel()) - of_x * mean
+            share = factor * (-x.shape[1] / x.numel())
+            of_x = share * scale * dw
+            of_1 = torch.addcmul(share * db, of_x, mean, value=-1)
             dx = weighted_sum(of_1, (of_x, x), placed=(place, factor, g))
         ctx.save_for_backward(g, x, weight, mean, scale, pooled, place, out, dw, db)
         ctx.slope = slope
@@ -312,21 +315,23 @@ class NormActivateBackward(Function):
         n = x.numel() / x.shape[1]
         at_places = pick(u, place, pooled)
         p, s = sums(u, x, mean, scale)
-        t = sums(g, at_places, torch.zeros_like(mean), torch.ones_like(mean))[0] - (db * s + dw * p) / n
+        t = sums(g, at_places, torch.zeros_like(mean), torch.ones_like(mean))[0]
+        t = t.add_(torch.addcmul(db * s, dw, p), alpha=-1 / n)
         factor = weight * scale
-        e = factor * p / -n if v is None else v - factor * p / n
-        h_u = factor * dw / -n
-        mean_h = (e * db + h_u * s) / n
-        mean_hn = (e * dw + h_u * p + factor * t) / n
+        share = factor / -n
+        e = share * p if v is None else torch.addcmul(v, share, p)
+        h_u = share * dw
         of_x = of_g = None
         if ctx.needs_input_grad[1]:
-            by_x = -scale * scale * mean_hn
-            shift = -scale * mean_h - by_x * mean
+            of_mean = scale / -n
+            by_x = of_mean * scale * torch.addcmul(e * dw, h_u, p).addcmul_(factor, t)
+            shift = torch.addcmul(of_mean * torch.addcmul(e * db, h_u, s), by_x, mean, value=-1)
             of_x = weighted_sum(shift, (scale * h_u, u), (by_x, x), placed=(place, scale * e, g))
         if ctx.needs_input_grad[0]:
             by_pooled = e * scale
-            shift = factor * s / -n - by_pooled * mean
-            of_g = weighted_sum(shift if c is None else shift + c, (factor, at_places), (by_pooled, pooled))
+            shift = share * s if c is None else torch.addcmul(c, share, s)
+            shift = shift.addcmul_(by_pooled, mean, value=-1)
+            of_g = weighted_sum(shift, (factor, at_places), (by_pooled, pooled))
             if out is not None:
                 of_g = aten.leaky_relu_backward(of_g, out, ctx.slope, True)
         return of_g, of_x, scale * t, *(None,) * 7

@@ -47,7 +47,7 @@ def without_lazy(x: object) -> object:
 
 
 class StandIn(FakeTensorMode):
-    """Inside, device "cuda" exists; `calls` counts the operations on it, `waits` names those that the host waits for."""
+    """Inside, device "cuda" exists; `calls` counts the operations on it, `waits` names what the host waits for."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -92,6 +92,7 @@ class StandIn(FakeTensorMode):
 def move(module: nn.Module, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> nn.Module:
     """`Module.to` without swapping tensors, which stand-ins refuse while something refers to them weakly."""
     for part in module.modules():
+        tensors: Any
         for tensors in (part._parameters, part._buffers):
             for name, tensor in [(n, t) for n, t in tensors.items() if t is not None]:
                 moved = tensor.detach().to(*args, **kwargs)
