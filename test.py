@@ -76,7 +76,7 @@ def trained_options(state: Mapping[str, Any], file: Path, changes: Changes) -> O
     if "options" in state:
         if config_file:
             raise UserError(f"{file} holds its training's options; --config is for official checkpoints, which do not")
-        return Options.from_mapping(state["options"], str(file))
+        return Options.from_mapping(state["options"], str(file), saved=True)
     config = read_json(Path(config_file)) if config_file else {}
     if "embedding" in state:
         return metaoptnet_options(state, file, config, changes)
@@ -120,7 +120,7 @@ def trained_normalization(state: Mapping[str, Any], options: Options) -> Normali
 
 def check_alike(states: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
     """Raise UserError if checkpoints of an ensemble adapt or normalise in different ways."""
-    first = Options.from_mapping(states[0].get("options", {}), str(files[0]))
+    first = Options.from_mapping(states[0].get("options", {}), str(files[0]), saved=True)
     for state, file in zip(states[1:], files[1:], strict=True):
         differing = [found.name for found in differences(state.get("options", {}), first, "test")]
         if differing or state.get("normalization") != states[0].get("normalization"):

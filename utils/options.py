@@ -210,18 +210,26 @@ class Options:
 
     @classmethod
     def from_object(cls, source: object) -> "Options":
-        """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored."""
-        names = [name for name in all_defaults() if hasattr(source, name)]
+        """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored.
+
+        So are those that have no effect in the official JSON files, from which the official programs' objects are made.
+        """
+        names = [name for name in all_defaults() if hasattr(source, name) and name not in DEAD_KEYS]
         return cls.from_mapping({name: getattr(source, name) for name in names})
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
-        """Return options from values or their text; raises UserError for an unknown name or a bad value."""
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "options", saved: bool = False) -> "Options":
+        """Return options from values or their text; raises UserError for an unknown name or a bad value.
+
+        With `saved` they are those of a run, so one without an effect may be an earlier default: it is today's then.
+        """
         values = {ALIASES.get(name, name): value for name, value in values.items()}
         check_names(values, all_defaults(), f"{origin}: ")
         if values.get("learner") == "head":
             values = metaoptnet.defaults(values) | dict(values)
         options = cls(**converted(values))
+        if saved:
+            return changed(options, {})
         options.validate()
         return options
 
