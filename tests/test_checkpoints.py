@@ -1,5 +1,6 @@
 """Checkpoint files are whole, safe to read, and say what is wrong with them."""
 
+import itertools
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from utils import checkpoints
 from utils.checkpoints import DamagedCheckpoint
 from utils.errors import UserError
 from utils.official_checkpoints import PIXELS_OF_MAP, infer_options, load_official, to_official
+from utils.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,6 +137,28 @@ def test_official_weights_load_with_and_without_the_module_prefix(tmp_path: Path
         load_official(model, source)
         found = to_official(dict(model.named_parameters()))
         assert all(torch.equal(parameter, weights[name]) for name, parameter in found.items())
+
+
+def test_weights_of_a_resnet_with_its_earlier_names_load() -> None:
+    """Once its layers were called blockN_convM and blockN_shortcut, numbered from 0; learned rates hold their names."""
+    lslr = {"learnable_per_layer_per_step_inner_loop_learning_rate": True}
+    options = Options.from_mapping({"backbone": "ResNet-12", "resnet_widths": "2-3", "batch_norm": "running"} | lslr)
+    model = MAMLFewShotClassifier((2, 3, 16, 16), "cpu", options)
+    weights = to_official({name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+    earlier = {}
+    for name, tensor in weights.items():
+        for block, layer, dot in itertools.product((1, 2), (1, 2, 3), ".-"):
+            conv = f"block{block - 1}_conv{layer - 1}{dot}"
+            name = name.replace(f"layer{block}{dot}conv{layer}{dot}", f"{conv}conv{dot}")
+            name = name.replace(f"layer{block}{dot}bn{layer}{dot}", f"{conv}norm_layer{dot}")
+            shortcut = f"block{block - 1}_shortcut{dot}"
+            name = name.replace(f"layer{block}{dot}downsample{dot}0{dot}", f"{shortcut}conv{dot}")
+            name = name.replace(f"layer{block}{dot}downsample{dot}1{dot}", f"{shortcut}norm_layer{dot}")
+        earlier[name] = tensor
+    assert "classifier.layer_dict.block1_conv2.norm_layer.running_var" in earlier
+    assert "inner_loop_optimizer.names_learning_rates_dict.layer_dict-block0_shortcut-conv-weight" in earlier
+    load_official(model, earlier)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in to_official(model.state_dict()).items())
 
 
 def test_weights_that_do_not_fit_leave_the_model_alone() -> None:

@@ -418,6 +418,22 @@ def test_a_run_cannot_go_on_nor_be_tested_with_another_pooling(toy_data: Path, t
         test_entry.main(["--load", *files, "--dataset_dir", str(toy_data), "--gpu", "cpu"])
 
 
+def test_a_checkpoint_with_an_earlier_default_of_an_idle_option_can_be_tested_and_continued(
+    finished: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """DropBlock's schedule, which a 4-conv network does not have, once had another default."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    files = [folder_of(tmp_path) / "saved_models" / name for name in ("epoch_1", "epoch_2")]
+    for path in (files[0], folder_of(tmp_path) / "saved_models" / "latest"):
+        state = checkpoints.load(path)
+        state["options"] |= {"dropblock_schedule": "training", "num_context_params": 3}
+        checkpoints.save(state, path)
+    words = ["--dataset_dir", str(toy_data), "--gpu", "cpu", "--episode", "2", "--query", "2"]
+    for loaded in (files, files[::-1]):
+        test_entry.main(["--load", *map(str, loaded), *words])
+    main(command(toy_data, tmp_path))
+
+
 @pytest.mark.parametrize("more", [["--total_epochs", "4"], ["--evaluate_on_test_set_only", "true"]])
 def test_going_on_and_testing_read_each_checkpoint_once(
     more: list[str], finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -130,6 +130,11 @@ def test_objects_may_hold_text_and_other_attributes() -> None:
     assert (options.batch_size, options.second_order) == (3, True)
 
 
+def test_an_official_object_may_say_where_its_run_stands() -> None:
+    """Its continue_from_epoch is -2, -1 or a number, as in the official JSON files, where it has no effect either."""
+    assert Options.from_object(SimpleNamespace(continue_from_epoch=-2)).continue_from_epoch == "latest"
+
+
 def test_every_option_has_a_meaning() -> None:
     text = command_line_parser().format_help()
     for name in all_defaults():

@@ -1,5 +1,6 @@
 """Weights of the official CxGrad, MAML++, ALFA and MetaOptNet programs, and what their names mean here."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ OURS = {
     "inner_loop_optimizer.names_beta_dict_per_param.": "rules.ALFA.decay_factors.",
     "inner_loop_optimizer.rates.": "rules.MetaSGD.rates.",  # no official program: our earlier checkpoints
 }
+# Our earlier names of ResNet-12's layers; names in a ParameterDict have '-' for '.'.
+EARLIER_RESNET = re.compile(r"block(\d+)_(?:conv(\d)|shortcut)([.-])(conv|norm_layer)(?=\3)")
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,6 +48,13 @@ def _renamed(weights: Mapping[str, Tensor], beginnings: Mapping[str, str]) -> di
     return {renamed(name): tensor for name, tensor in weights.items()}
 
 
+def _resnet_layer(earlier: re.Match[str]) -> str:
+    block, number, dot, kind = earlier.groups()
+    is_norm = kind == "norm_layer"
+    layer = f"{'bn' if is_norm else 'conv'}{int(number) + 1}" if number else f"downsample{dot}{int(is_norm)}"
+    return f"layer{int(block) + 1}{dot}{layer}"
+
+
 def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) -> None:
     """Copy official weights (a state dict with or without ``module.`` prefixes, or a checkpoint file) into `model`.
 
@@ -52,7 +62,8 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) 
     one of the model's, or has another shape; the model is then unchanged.
     """
     state = weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))["network"]
-    given, own = to_official(without_prefix(state)), to_official(model.state_dict())
+    present = {EARLIER_RESNET.sub(_resnet_layer, name): tensor for name, tensor in without_prefix(state).items()}
+    given, own = to_official(present), to_official(model.state_dict())
     given = {name: tensor for name, tensor in given.items() if name in own or ".running_" not in name}
     problems = [f"it lacks {name}" for name in own if name not in given]
     problems += [f"it has {name}, which the model has not" for name in given if name not in own]

@@ -162,7 +162,7 @@ class Options:
     multi_step_loss_num_epochs: int = tuned(15, "MSL: epochs until only the last counts", at_least=1, only=GRADIENT)
     meta_learning_rate: float = tuned(0.001, "learning rate at the start, of Adam; head: of SGD", at_least=0)
     min_learning_rate: float = tuned(0.001, "learning rate at the cosine schedule's end", at_least=0, only=GRADIENT)
-    outer_weight_decay: float = tuned(0.0, "SGD's decay of every parameter", at_least=0, only=HEAD)
+    outer_weight_decay: float = fixed(0.0, "SGD's decay of every parameter", at_least=0, only=HEAD)
     label_smoothing: float = tuned(0.0, "part of a training target that the other classes share", at_least=0, only=HEAD)
     precision: str = tuned(
         "float32",
@@ -210,18 +210,26 @@ class Options:
 
     @classmethod
     def from_object(cls, source: object) -> "Options":
-        """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored."""
-        names = [name for name in all_defaults() if hasattr(source, name)]
+        """Return options from an object's attributes; missing ones take the defaults, other attributes are ignored.
+
+        So are those that have no effect in the official JSON files, from which the official programs' objects are made.
+        """
+        names = [name for name in all_defaults() if hasattr(source, name) and name not in DEAD_KEYS]
         return cls.from_mapping({name: getattr(source, name) for name in names})
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], origin: str = "options") -> "Options":
-        """Return options from values or their text; raises UserError for an unknown name or a bad value."""
+    def from_mapping(cls, values: Mapping[str, Any], origin: str = "options", saved: bool = False) -> "Options":
+        """Return options from values or their text; raises UserError for an unknown name or a bad value.
+
+        With `saved` they are those of a run, so one without an effect may be an earlier default: it is today's then.
+        """
         values = {ALIASES.get(name, name): value for name, value in values.items()}
         check_names(values, all_defaults(), f"{origin}: ")
         if values.get("learner") == "head":
             values = metaoptnet.defaults(values) | dict(values)
         options = cls(**converted(values))
+        if saved:
+            return changed(options, {})
         options.validate()
         return options
 
@@ -279,7 +287,13 @@ _pending = [*PLUGINS]
 def load_plugins() -> None:
     """Import the modules that declare rules, heads and networks; later calls do nothing."""
     while _pending:
-        importlib.import_module(_pending.pop(0))
+        name = _pending.pop(0)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise UserError(f"PLUGINS in utils/options.py names {name!r}, and there is no file {name}.py") from error
 
 
 def all_defaults(learner: str = "gradient") -> dict[str, Any]:
