@@ -34,6 +34,25 @@ WAITS = READS_VALUES | {
 }
 
 
+LAUNCHES_NOTHING = {
+    *(
+        "view",
+        "_unsafe_view",
+        "as_strided",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "select",
+        "slice",
+        "split",
+        "unbind",
+    ),
+    *("squeeze", "unsqueeze", "detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "collapse_view"),
+    "split_dim",
+}
+
+
 class HostWaits(RuntimeError):
     """On a GPU this call would make the host wait for the device."""
 
@@ -47,7 +66,7 @@ def without_lazy(x: object) -> object:
 
 
 class StandIn(FakeTensorMode):
-    """Inside, device "cuda" exists; `calls` counts the operations on it, `waits` names what the host waits for."""
+    """Inside, device "cuda" exists; `calls` counts what launches kernels, `waits` names what the host waits for."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -75,7 +94,7 @@ class StandIn(FakeTensorMode):
         if base in ("_to_copy", "copy_"):
             self.check_copy(base, args, kwargs)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if here or any(map(on_cuda, tree_leaves(result))):
+        if base.split("::")[-1] not in LAUNCHES_NOTHING and (here or any(map(on_cuda, tree_leaves(result)))):
             self.calls[base] += 1
         return result
 
