@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qp_solvers import Factors, adjoint, box, crammer_singer, search, solve, solve_crammer_singer_qpth
 from utils.errors import UserError
-from utils.options import Options, add_choice, add_options, check_names, declaration, opt, tuned
+from utils.options import Options, add_choice, add_options, add_plug_in, check_names, declaration, opt, tuned
 
 
 @add_options
@@ -74,7 +74,7 @@ def register(name: str, *aliases: str) -> Callable[[Callable[..., Scores]], Call
     """
 
     def add(learner: Callable[..., Scores]) -> Callable[..., Scores]:
-        HEADS[name] = learner
+        add_plug_in(HEADS, name, learner)
         add_choice("head", name, aliases=aliases)
         affected = [OPTION_OF.get(parameter, parameter) for parameter in _option_names(learner)]
         affected += ["svm_on_failure"] if "C_reg" in affected else []

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.options import GRADIENT, Options, add_check, add_options, opt
+from utils.options import GRADIENT, Options, add_check, add_options, add_plug_in, is_option, opt
 
 Weights = dict[str, Tensor]
 State = dict[str, Tensor]
@@ -80,8 +80,13 @@ RULES: dict[str, type[Rule]] = {}
 
 
 def register(rule: type[Rule]) -> type[Rule]:
-    """Make a rule known under its class's name; its own options are added with `utils.options.add_options`."""
-    RULES[rule.__name__] = rule
+    """Make a rule known under its class's name; its own options are added with `utils.options.add_options` before.
+
+    Raises ValueError if there is a rule of that name, or `flag` is no option.
+    """
+    if rule.chosen.__qualname__ == Rule.chosen.__qualname__ and not is_option(getattr(rule, "flag", "")):
+        raise ValueError(f"{rule.__name__} has to name a boolean option as its flag; declare one before it")
+    add_plug_in(RULES, rule.__name__, rule)
     add_check(lambda options: rule.contradictions(options) if rule.chosen(options) else ())
     return rule
 

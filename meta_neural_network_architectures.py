@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from second_order_ops import Geometry, conv2d, conv_norm_activate, leaky_relu, max_pool_2x2
 from utils.errors import UserError
-from utils.options import Options, add_choice
+from utils.options import Options, add_choice, add_plug_in
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
 
@@ -225,7 +225,7 @@ def register_backbone(name: str) -> Callable[[Any], Any]:
     """Make a function (image shape, options, batch norm, whether convolutions have biases) -> Backbone a --backbone."""
 
     def add(build: Callable[[ImageShape, Options, NormSettings, bool], Backbone]) -> Any:
-        BACKBONES[name] = build
+        add_plug_in(BACKBONES, name, build)
         add_choice("backbone", name, only={"learner": "gradient"})
         return build
 
@@ -236,7 +236,7 @@ def register_embedding(name: str, *aliases: str) -> Callable[[Any], Any]:
     """Make a function (image shape, options) -> module of (n, C, H, W) -> (n, d) a --backbone of head learners."""
 
     def add(build: Callable[[ImageShape, Options], nn.Module]) -> Any:
-        EMBEDDINGS[name] = build
+        add_plug_in(EMBEDDINGS, name, build)
         add_choice("backbone", name, aliases=aliases, only={"learner": "head"})
         return build
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from classification_heads import HEADS, ClassificationHead
-from inner_loop_optimizers import RULES
-from meta_neural_network_architectures import BACKBONES, EMBEDDINGS
+from classification_heads import register as register_head
+from inner_loop_optimizers import RULES, Rule, register
+from meta_neural_network_architectures import BACKBONES, EMBEDDINGS, register_backbone, register_embedding
 from preprocess.preprocess import prepare
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import names, options
@@ -70,3 +71,17 @@ def test_a_data_set_of_the_document_is_made(tmp_path: Path, monkeypatch: pytest.
     prepare("stripes", tmp_path)
     assert len(list((tmp_path / "stripes" / "train").iterdir())) == 6
     assert len(list((tmp_path / "stripes").glob("*/*/*.png"))) == 240
+
+
+def test_wrong_plug_ins_are_refused_when_they_are_registered() -> None:
+    with pytest.raises(ValueError, match="there is a LSLR already"):
+        register(type("LSLR", (Rule,), {"flag": "alfa"}))
+    for attributes in ({}, {"flag": "not_declared"}):
+        with pytest.raises(ValueError, match="Vague has to name a boolean option as its flag"):
+            register(type("Vague", (Rule,), attributes))
+    for add in (register_head("Ridge"), register_backbone("4-CONV"), register_embedding("conv64")):
+        with pytest.raises(ValueError, match=r"there is a .* already; give the new one another name"):
+            add(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Bare has to declare with opt: softness"):
+        options.add_options(type("Bare", (), {"__annotations__": {"softness": float}, "softness": 1.0}))
+    assert parse_args([]) == options.Options()

@@ -309,15 +309,23 @@ def declaration(name: str) -> Declaration:
     return declared
 
 
+def is_option(name: str) -> bool:
+    """Return whether an option of this name has been declared so far."""
+    return name in _current.__dataclass_fields__
+
+
 def add_options(mixin: type[T]) -> type[T]:
     """Make the `opt` fields of a class options of every `Options` made from now on; a decorator.
 
     The class extends `Options`, so that a type checker knows all of a rule's options by it. Raises ValueError if one of
-    its fields is an option already.
+    its fields is an option already, or is not made by `opt`.
     """
     global _current
     mixin = dataclasses.dataclass(mixin)
-    if twice := [name for name in mixin.__annotations__ if name in _current.__dataclass_fields__]:
+    fields: dict[str, dataclasses.Field[Any]] = mixin.__dict__["__dataclass_fields__"]
+    if bare := [name for name, field in fields.items() if "declared" not in field.metadata]:
+        raise ValueError(f"{mixin.__name__} has to declare with opt: {', '.join(bare)}")
+    if twice := [name for name in mixin.__annotations__ if is_option(name)]:
         raise ValueError(f"{mixin.__name__} declares what is an option already: {', '.join(twice)}")
     _current = dataclasses.make_dataclass("Options", [], bases=(mixin, _current))
     return mixin
@@ -331,6 +339,13 @@ def add_choice(option: str, name: str, *, aliases: Sequence[str] = (), only: Con
     declared = declaration(option)
     declared.choices.setdefault(name, []).append(only or {})
     declared.aliases.update(dict.fromkeys(aliases, name))
+
+
+def add_plug_in(registry: dict[str, T], name: str, plug_in: T) -> None:
+    """Put a rule, head or network into its registry; raises ValueError if there is one of that name."""
+    if name in registry:
+        raise ValueError(f"there is a {name} already; give the new one another name")
+    registry[name] = plug_in
 
 
 def add_check(check: Callable[[Options], Iterable[str]]) -> Callable[[Options], Iterable[str]]:
