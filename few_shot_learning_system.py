@@ -132,22 +132,26 @@ class MAMLFewShotClassifier(FewShotLearner):
         losses = cross_entropy(logits, y)
         gradients, by_state = self._gradients(losses.sum(), used, states, order)
         weights = used
-        for rule in rules.values():
-            weights = rule.update(weights, gradients, step)
-        states = {name: rule.update_state(states[name], by_state[name]) for name, rule in rules.items()}
+        for name, rule in rules.items():
+            weights = rule.update(weights, gradients, states[name], step)
+        states = {n: rule.update_state(states[n], by_state[n], gradients) for n, rule in rules.items()}
         return InnerStep(step, used, gradients, weights, states, logits, losses, seen or ())
 
     @staticmethod
     def _gradients(
         loss: Tensor, weights: Weights, states: dict[str, State], order: int
     ) -> tuple[Weights, dict[str, State]]:
-        """The gradients of the loss by the weights and, from the same pass, by every rule's state."""
-        keys = [(rule, name) for rule, state in states.items() for name in state]
+        """The gradients of the loss by the weights and, from the same pass, by every rule's state that requires one."""
+        keys = [
+            (rule, name) for rule, state in states.items() for name, tensor in state.items() if tensor.requires_grad
+        ]
         wanted = [*weights.values(), *(states[rule][name] for rule, name in keys)]
         second_order = order == SECOND_ORDER
         # Where a state made the weights, the outer gradient needs the graph between them in first order too.
         keep = second_order or (bool(keys) and order == FIRST_ORDER)
-        gradients = torch.autograd.grad(loss, wanted, create_graph=second_order, retain_graph=keep)
+        gradients = torch.autograd.grad(
+            loss, wanted, create_graph=second_order, retain_graph=keep, materialize_grads=bool(keys)
+        )
         by_state: dict[str, State] = {rule: {} for rule in states}
         for (rule, name), gradient in zip(keys, gradients[len(weights) :], strict=True):
             by_state[rule][name] = gradient
@@ -268,8 +272,8 @@ def build_learner(device: torch.device | str, options: Options) -> FewShotLearne
 
 
 def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, without a history and ready to be differentiated by."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    """The same values without a history; what could be differentiated by still can."""
+    return {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
 
 
 def step_importances(steps: int, epoch: int, options: Options) -> list[float]:

@@ -57,9 +57,9 @@ class Rule(nn.Module):
         return names
 
     def start(self, weights: Weights, support_loss: SupportLoss) -> tuple[Weights, State]:
-        """Return the weights before the first step, and the rule's state.
+        """Return the weights before the first step, and the rule's state: tensors (tasks, ...).
 
-        The loop differentiates each step's support loss by the tensors of the state as well as by the weights.
+        The loop differentiates each step's support loss by those that require a gradient as well as by the weights.
         """
         return weights, {}
 
@@ -67,12 +67,12 @@ class Rule(nn.Module):
         """Return the weights that the support images of this step go through, and that the step starts from."""
         return weights
 
-    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
-        """Return the weights after a step along the gradients of the support loss."""
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
+        """Return the weights after a step along the gradients of the support loss; the state is that before it."""
         return weights
 
-    def update_state(self, state: State, gradients: State) -> State:
-        """Return the state after a step, from the gradients of the support loss by it."""
+    def update_state(self, state: State, by_state: State, gradients: Weights) -> State:
+        """Return the state after a step, from the gradients of the support loss by the state and by the weights."""
         return state
 
 
@@ -171,8 +171,8 @@ class CxGrad(Rule):
     def before_step(self, weights: Weights, state: State, step: int) -> Weights:
         return scale_by_context(weights, self.names, self.generator(state["context"]))
 
-    def update_state(self, state: State, gradients: State) -> State:
-        return {"context": state["context"] - self.learning_rate * gradients["context"]}
+    def update_state(self, state: State, by_state: State, gradients: Weights) -> State:
+        return {"context": state["context"] - self.learning_rate * by_state["context"]}
 
 
 def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> Weights:
@@ -245,7 +245,7 @@ class GradientDescent(Rule):
         super().__init__(loop, options)
         self.learning_rate = options.init_inner_loop_learning_rate
 
-    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
         return {name: weights[name] - self.learning_rate * gradient for name, gradient in gradients.items()}
 
 
@@ -270,7 +270,7 @@ class LSLR(Rule):
         super().__init__(loop, options)
         self.rates = one_per_step(loop, options.init_inner_loop_learning_rate)
 
-    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
         rates = self.rates
         return {name: weights[name] - rates[key(name)][step] * gradient for name, gradient in gradients.items()}
 
@@ -290,7 +290,7 @@ class MetaSGD(Rule):
         super().__init__(loop, options)
         self.rates = one_per_weight(loop, options.init_inner_loop_learning_rate)
 
-    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
         return {name: weights[name] - self.rates[key(name)] * gradient for name, gradient in gradients.items()}
 
 
@@ -337,7 +337,7 @@ class ALFA(Rule):
         alphas, betas = self.generator(embedding).chunk(2, 1)
         return alphas, betas
 
-    def update(self, weights: Weights, gradients: Weights, step: int) -> Weights:
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
         alphas, betas = self.generate(weights, gradients)
         updated = {}
         for name, alpha, beta in zip(gradients, alphas.unbind(1), betas.unbind(1), strict=True):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from second_order_ops import Geometry, conv2d, conv_norm_activate, leaky_relu, max_pool_2x2
 from utils.errors import UserError
 from utils.options import Options, add_choice, add_plug_in
 
@@ -53,11 +54,15 @@ class TaskConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        groups = len(self.weight) if self.weight.dim() == 5 else 1
-        weight = self.weight.flatten(0, 1) if self.weight.dim() == 5 else self.weight
+    def grouped(self) -> tuple[Tensor, Tensor | None, Geometry]:
+        """The weights and biases of all tasks, and stride, padding and number of groups."""
+        per_task = self.weight.dim() == 5
+        weight = self.weight.flatten(0, 1) if per_task else self.weight
         bias = None if self.bias is None else self.bias.flatten()
-        return F.conv2d(x, weight, bias, self.stride, self.padding, groups=groups)
+        return weight, bias, (self.stride[0], int(self.padding[0]), len(self.weight) if per_task else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, *self.grouped())
 
 
 class NormSettings(NamedTuple):
@@ -86,7 +91,7 @@ class TaskBatchNorm(nn.Module):
         super().__init__()
         rows = (settings.steps, channels) if settings.steps else (channels,)
         shape = (channels,) if settings.shared_weights else rows
-        self.per_step = bool(settings.steps)
+        self.per_step, self.keeps_statistics = bool(settings.steps), settings.tracked
         self.weights_per_step = self.per_step and not settings.shared_weights
         self.weight = nn.Parameter(torch.ones(shape), requires_grad=settings.learnable[0])
         self.bias = nn.Parameter(torch.zeros(shape), requires_grad=settings.learnable[1])
@@ -94,20 +99,20 @@ class TaskBatchNorm(nn.Module):
             self.register_buffer("running_mean", torch.zeros(rows))
             self.register_buffer("running_var", torch.ones(rows))
 
+    def of_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of all tasks at a step, (tasks*C,)."""
+        per_step = self.weights_per_step
+        weight, bias = (t[..., step, :] if per_step else t for t in (self.weight, self.bias))
+        return weight.flatten(), bias.flatten()
+
     def forward(self, x: Tensor, at: Pass) -> Tensor:
-        weight, bias = (
-            (tensor[..., at.step, :] if self.weights_per_step else tensor).flatten()
-            for tensor in (self.weight, self.bias)
-        )
+        weight, bias = self.of_step(at.step)
         if at.use_running:
             mean, variance = (self.row(kind, at.step).flatten() for kind in ("running_mean", "running_var"))
             return F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
         if at.seen is None:
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=BATCH_NORM_EPS)
-        mean, variance = (
-            torch.zeros_like(weight),
-            torch.zeros_like(weight),
-        )  # momentum 1 fills them with the batch's own
+        mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)  # momentum 1 makes them the batch's own
         out = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=BATCH_NORM_EPS)
         channels = self.weight.shape[-1]
         at.seen.append(BatchStatistics(self, at.step, mean.view(-1, channels), variance.view(-1, channels)))
@@ -117,6 +122,24 @@ class TaskBatchNorm(nn.Module):
         """Running statistics at a step."""
         statistics: Tensor = getattr(self, kind)
         return statistics[..., step, :] if self.per_step else statistics
+
+
+def conv_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, at: Pass | None, slope: float = 1.0, pool: bool = False
+) -> Tensor:
+    """A convolution, its normalisation, a 2x2 max-pool if wanted and a leaky ReLU; a slope of 1 is no activation.
+
+    The activation is increasing, so it may follow the pooling: same values on a quarter of the elements. Layers of an
+    inner loop, which `at` says, take operations that are closed under differentiation.
+    """
+    if at is None or not isinstance(conv, TaskConv2d) or not isinstance(norm, TaskBatchNorm):
+        y = norm(conv(x))
+        y = F.max_pool2d(y, 2) if pool else y
+        return y if slope == 1 else F.leaky_relu(y, slope, inplace=True)
+    if not norm.keeps_statistics:
+        return conv_norm_activate(x, *conv.grouped(), norm.weight.flatten(), norm.bias.flatten(), slope, pool)
+    y = norm(conv(x), at)
+    return leaky_relu(max_pool_2x2(y) if pool else y, slope)
 
 
 class BatchStatistics(NamedTuple):
@@ -292,9 +315,7 @@ class Conv4(Backbone):
     def embed(self, x: Tensor, at: Pass) -> Tensor:
         for stage in range(self.stages):
             block: Any = self.layer_dict[f"conv{stage}"]
-            x = block["norm_layer"](block["conv"](x), at)
-            x = F.max_pool2d(x, 2) if self.max_pooling else x  # commutes with the increasing activation
-            x = F.leaky_relu(x, LEAKY_RELU_SLOPE)
+            x = conv_norm(block["conv"], block["norm_layer"], x, at, LEAKY_RELU_SLOPE, self.max_pooling)
         return x if self.max_pooling else x.mean((2, 3), keepdim=True)
 
 
@@ -366,15 +387,15 @@ class ResidualBlock(nn.Module):
         self.downsample = nn.Sequential(conv(channels_in, channels_out, 1, bias=False), norms[3])
         self.drop = drop or nn.Identity()
 
-    def forward(self, x: Tensor, *at: Pass) -> Tensor:
-        """`at` goes to the normalisations: a `Pass` for those of an inner loop, nothing for torch's own."""
-        out = F.leaky_relu(self.bn1(self.conv1(x), *at), RESNET_SLOPE, inplace=True)
-        out = F.leaky_relu(self.bn2(self.conv2(out), *at), RESNET_SLOPE, inplace=True)
-        out = self.bn3(self.conv3(out), *at)
-        shortcut, norm = self.downsample
-        out += norm(shortcut(x), *at)
-        # The activation is increasing, so it may follow the pooling: same values on a quarter of the elements.
-        return self.drop(F.leaky_relu(F.max_pool2d(out, 2), RESNET_SLOPE, inplace=True))
+    def forward(self, x: Tensor, at: Pass | None = None) -> Tensor:
+        """`at` says where in an inner loop the maps pass; None: nowhere, with torch's own layers."""
+        shortcut = conv_norm(self.downsample[0], self.downsample[1], x, at)
+        out = conv_norm(self.conv1, self.bn1, x, at, RESNET_SLOPE)
+        out = conv_norm(self.conv2, self.bn2, out, at, RESNET_SLOPE)
+        out = conv_norm(self.conv3, self.bn3, out, at) + shortcut
+        if at is None:
+            return self.drop(F.leaky_relu(F.max_pool2d(out, 2), RESNET_SLOPE, inplace=True))
+        return leaky_relu(max_pool_2x2(out), RESNET_SLOPE)
 
 
 # --- embeddings for a head -----------------------------------------------------------------------------------------

@@ -30,19 +30,28 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metaoptnet import published_statistics
 from utils.official_checkpoints import infer_embedding, infer_options
-from utils.options import Options, changed, converted, differences, parse, parser_of, read_json
+from utils.options import (
+    Options,
+    all_defaults,
+    changed,
+    converted,
+    declaration,
+    differences,
+    parse,
+    parser_of,
+    read_json,
+)
 from utils.progress import set_up_logging
 
 log = logging.getLogger(__name__)
 
 Changes = dict[str, Any]  # the options that the command line names, and their values
-# Flags, MetaOptNet's among them, and the options that they set.
+# Flags, MetaOptNet's among them, and the options that they set; a head's own options have flags of their names.
 FLAGS = {
     **{"dataset": "test_datasets", "test_datasets": "test_datasets", "episode": "num_evaluation_tasks"},
     **{"way": "test_way", "shot": "val_shot", "query": "val_query", "seed": "val_seed"},
     **{"steps": "number_of_evaluation_steps_per_iter", "network": "backbone", "config": "name_of_args_json_file"},
-    **{name: name for name in ("dataset_dir", "head", "svm_solver", "svm_max_iter", "svm_on_failure")},
-    **{name: name for name in ("C_reg", "lambda_reg", "batch_norm", "gpu", "dry_run")},
+    **{name: name for name in ("dataset_dir", "head", "svm_max_iter", "batch_norm", "gpu", "dry_run")},
 }
 # A test's own defaults; other options are as in training.
 DEFAULTS = {
@@ -53,7 +62,8 @@ DEFAULTS = {
 
 def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Changes]:
     """Return the checkpoint files and the options that a command line names; raises UserError for what is not right."""
-    parser = parser_of(FLAGS, dict.fromkeys(FLAGS.values(), "as trained") | DEFAULTS, __doc__)
+    flags = FLAGS | {name: name for name in all_defaults() if "head" in declaration(name).only}
+    parser = parser_of(flags, dict.fromkeys(flags.values(), "as trained") | DEFAULTS, __doc__)
     parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
     values = parse(parser, argv)
     files: list[Path] = values.pop("load")

@@ -13,7 +13,7 @@ import torch
 from classification_heads import HEADS, ClassificationHead
 from classification_heads import register as register_head
 from inner_loop_optimizers import RULES, Rule, register
-from meta_neural_network_architectures import BACKBONES, register_backbone, register_embedding
+from meta_neural_network_architectures import BACKBONES, EMBEDDINGS, register_backbone, register_embedding
 from preprocess.preprocess import prepare
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import names, options
@@ -25,7 +25,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 @pytest.fixture(autouse=True)
 def registered_for_one_test_only() -> Iterator[None]:
     """Forget afterwards what the documents' code has registered."""
-    registries: list[dict[str, Any]] = [RULES, HEADS, BACKBONES]
+    registries: list[dict[str, Any]] = [RULES, HEADS, BACKBONES, EMBEDDINGS]
     registries += [options.declaration(name).choices for name in ("head", "backbone")]
     before = [*map(dict, registries)], options._current, [*options._checks]
     yield
@@ -58,6 +58,7 @@ def test_a_head_and_a_network_of_the_document_work(monkeypatch: pytest.MonkeyPat
     support, labels = torch.eye(4).unsqueeze(0), torch.tensor([[0, 1, 0, 1]])
     logits = ClassificationHead("Nearest")(support + 0.1, support, labels, 2, 2, nearest_softness=2.0)
     assert torch.equal(logits.argmax(2), labels)
+    assert EMBEDDINGS["Linear64"]((3, 8, 8), options.Options())(torch.rand(2, 3, 8, 8)).shape == (2, 64)
     assert "OneBlock" in BACKBONES
     model = tiny_model(backbone="OneBlock", contextual_grad=True, per_step_bn_statistics=True)
     model.run_train_iter(tiny_batch(), 0)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import train_maml_system
+import utils.options as options_module
 from experiment_builder import experiment_folder
+from few_shot_learning_system import FIRST_ORDER
 from inner_loop_optimizers import InnerLoop, Rule, State, Weights, register
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import checkpoints
@@ -36,8 +38,32 @@ class Decay(Rule):
     def before_step(self, weights: Weights, state: State, step: int) -> Weights:
         return {name: torch.einsum("t,t...->t...", state["factor"], weight) for name, weight in weights.items()}
 
-    def update_state(self, state: State, gradients: State) -> State:
-        return {"factor": state["factor"] - 0.01 * gradients["factor"]}
+    def update_state(self, state: State, by_state: State, gradients: Weights) -> State:
+        return {"factor": state["factor"] - 0.01 * by_state["factor"]}
+
+
+class MomentumOptions(Options):
+    momentum_test: bool = opt(False, "Momentum: inner steps follow a running sum of the gradients")
+
+
+add_options(MomentumOptions)
+
+
+@register
+class Momentum(Rule):
+    """A state that the support loss does not depend on, and a step that needs it."""
+
+    flag, sets_rate = "momentum_test", True
+
+    def start(self, weights: Weights, support_loss: Any) -> tuple[Weights, State]:
+        return weights, {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
+        sums = self.update_state(state, {}, gradients)
+        return {name: weight - 0.01 * sums[name] for name, weight in weights.items()}
+
+    def update_state(self, state: State, by_state: State, gradients: Weights) -> State:
+        return {name: 0.9 * state[name] + gradient for name, gradient in gradients.items()}
 
 
 def test_a_rule_of_ones_own_is_an_option_with_help_bounds_and_checks() -> None:
@@ -78,3 +104,21 @@ def test_a_rule_of_ones_own_trains_resumes_exactly_and_is_tested(tmp_path: Path)
     with pytest.raises(UserError, match=r"--decay_start is 0\.8, but the run was started with 0\.9"):
         train_maml_system.main([*line, "--experiment_name", "whole", "--total_epochs", "3", "--decay_start", "0.8"])
     assert (folder / "logs" / "test_summary.csv").exists()
+
+
+@pytest.mark.parametrize("others", [{}, {"contextual_grad": True}, {"checkpoint_inner_steps": True}], ids=str)
+def test_a_step_may_follow_a_running_sum_of_the_gradients(others: dict[str, Any]) -> None:
+    model = tiny_model(momentum_test=True, second_order=False, **others)
+    tasks = model._to_device(tiny_batch())
+    first, second = model.inner_loop(tasks.x_support, tasks.y_support, 2, FIRST_ORDER)
+    for name, weight in second.used.items():
+        moved = 0.01 * (0.9 * first.gradients[name] + second.gradients[name])
+        torch.testing.assert_close(second.weights[name], weight - moved)
+    model.run_train_iter(tiny_batch(), 0)
+    model.run_validation_iter(tiny_batch())
+
+
+def test_a_plug_in_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "_pending", ["shrnk"])
+    with pytest.raises(UserError, match=r"PLUGINS in utils/options\.py names 'shrnk'"):
+        parse_args([])

@@ -162,7 +162,7 @@ class Options:
     multi_step_loss_num_epochs: int = tuned(15, "MSL: epochs until only the last counts", at_least=1, only=GRADIENT)
     meta_learning_rate: float = tuned(0.001, "learning rate at the start, of Adam; head: of SGD", at_least=0)
     min_learning_rate: float = tuned(0.001, "learning rate at the cosine schedule's end", at_least=0, only=GRADIENT)
-    outer_weight_decay: float = tuned(0.0, "SGD's decay of every parameter", at_least=0, only=HEAD)
+    outer_weight_decay: float = fixed(0.0, "SGD's decay of every parameter", at_least=0, only=HEAD)
     label_smoothing: float = tuned(0.0, "part of a training target that the other classes share", at_least=0, only=HEAD)
     precision: str = tuned(
         "float32",
@@ -287,7 +287,13 @@ _pending = [*PLUGINS]
 def load_plugins() -> None:
     """Import the modules that declare rules, heads and networks; later calls do nothing."""
     while _pending:
-        importlib.import_module(_pending.pop(0))
+        name = _pending.pop(0)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise UserError(f"PLUGINS in utils/options.py names {name!r}, and there is no file {name}.py") from error
 
 
 def all_defaults(learner: str = "gradient") -> dict[str, Any]:
