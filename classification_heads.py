@@ -46,10 +46,10 @@ class HeadOptions(Options):
         "C of an SVM; default: the head's own, as MetaOptNet has it",
         at_least=1e-9,
         only={"head": ()},
-        test="ignore",
+        test="warn",
     )
     lambda_reg: float | None = opt(
-        None, "weight of the squared norm in a ridge regression [50]", at_least=1e-9, only={"head": ()}, test="ignore"
+        None, "weight of the squared norm in a ridge regression [50]", at_least=1e-9, only={"head": ()}, test="warn"
     )
 
 

@@ -53,6 +53,13 @@ def experiment_folder(options: Options) -> Path:
     return Path(options.experiments_dir) / f"{dataset}_{options.num_classes_per_set}way{shot}" / options.experiment_name
 
 
+def earlier_folder(folder: Path, options: Options) -> Path:
+    """Return where earlier versions kept the results that now go to `folder`: in DATASET_NwayKshot, of heads too."""
+    dataset = folder.parent.name.rpartition(f"_{options.num_classes_per_set}way")[0]
+    setting = f"{dataset}_{options.num_classes_per_set}way{options.num_samples_per_class}shot"
+    return folder.parent.with_name(setting) / folder.name
+
+
 class Experiment:
     """One run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/.
 
@@ -250,6 +257,11 @@ class Experiment:
             raise UserError(
                 f"no checkpoint in {self.models} can be read. To train anew: --continue_from_epoch from_scratch, "
                 "which keeps them in another folder"
+            )
+        if self.options.save_path is None and (earlier := earlier_folder(self.folder, self.options)).is_dir():
+            raise UserError(
+                f"an earlier version kept this run in {earlier}. To go on with it, move it to {self.folder}; to train "
+                "anew, choose another --experiment_name"
             )
         return None
 

@@ -20,12 +20,11 @@ from meta_neural_network_architectures import DropBlock, Pass, build_backbone, b
 from utils import distributed, metaoptnet
 from utils.errors import UserError
 from utils.official_checkpoints import without_prefix
-from utils.options import Options
+from utils.options import Options, declaration, unmet
 
 log = logging.getLogger(__name__)
 
 MOMENTUM = 0.9
-UNSOLVED_CURE = "Lower --meta_learning_rate if embeddings grow without bound; or --svm_on_failure skip or use"
 UNSOLVED = 1e-6  # relative KKT residual above which a task's SVM counts as not solved; 1e-9 and less is usual
 
 
@@ -174,8 +173,13 @@ class HeadFewShotClassifier(FewShotLearner):
 
     def veto(self, metrics: Mapping[str, float]) -> Veto | None:
         if metrics["unsolved"] and self.options.svm_on_failure == "error":
-            return Veto(f"a task's {self.options.head} was not solved", UNSOLVED_CURE)
+            return Veto(f"a task's {self.options.head} was not solved", self._cure())
         return super().veto(metrics)
+
+    def _cure(self) -> str:
+        may_go_on = unmet(declaration("svm_on_failure").only, self.options) is None
+        other = "; or --svm_on_failure skip or use" if may_go_on else ""
+        return f"Lower --meta_learning_rate if embeddings grow without bound{other}"
 
     def check_scores(self, counts: Mapping[str, float]) -> None:
         """Raise UserError, or warn where the options say so, if the head of a task that was scored was not solved."""
@@ -183,7 +187,7 @@ class HeadFewShotClassifier(FewShotLearner):
             return
         problem = f"the {self.options.head} of {count} tasks was not solved"
         if self.options.svm_on_failure == "error":
-            raise UserError(f"{problem}. {UNSOLVED_CURE}")
+            raise UserError(f"{problem}. {self._cure()}")
         log.warning("%s; they are scored as they are", problem)
 
     def _set_learning_rate(self, epoch: int) -> None:

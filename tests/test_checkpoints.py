@@ -16,6 +16,7 @@ import torch
 
 import test as test_entry
 from few_shot_learning_system import MAMLFewShotClassifier
+from head_learning_system import HeadFewShotClassifier
 from tests.golden import facts
 from tests.golden_cxgrad import Golden, load_cases
 from utils import checkpoints
@@ -159,6 +160,22 @@ def test_weights_of_a_resnet_with_its_earlier_names_load() -> None:
     assert "inner_loop_optimizer.names_learning_rates_dict.layer_dict-block0_shortcut-conv-weight" in earlier
     load_official(model, earlier)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in to_official(model.state_dict()).items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_official_weights_of_a_head_learner_load_from_a_file_and_as_they_are(prefix: str, tmp_path: Path) -> None:
+    options = Options.from_mapping({"learner": "head", "head": "Ridge"})
+    trained, other = (HeadFewShotClassifier((2, 3, 16, 16), "cpu", options) for _ in range(2))
+    state = {part: {prefix + n: t + 1 for n, t in of.items()} for part, of in trained.weights().items()}
+    torch.save(state, tmp_path / "best_model.pth")
+    for source in (state, tmp_path / "best_model.pth"):
+        for parameter in other.parameters():
+            torch.nn.init.zeros_(parameter)
+        load_official(other, source)
+        assert other.head.scale == 2
+        assert all(torch.equal(t, state["embedding"][prefix + n]) for n, t in other.embedding.state_dict().items())
+    with pytest.raises(UserError, match="it was trained with --learner head"):
+        load_official(MAMLFewShotClassifier((2, 3, 16, 16), "cpu", Options()), tmp_path / "best_model.pth")
 
 
 def test_weights_that_do_not_fit_leave_the_model_alone() -> None:

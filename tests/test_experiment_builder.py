@@ -564,6 +564,20 @@ def test_results_of_forgiving_names_share_a_folder() -> None:
     assert folder("cifar-fs") == folder("CIFAR_FS") == Path("experiments/CIFAR_FS_5way_1shot/experiment")
 
 
+def test_a_run_of_an_earlier_version_is_named_and_not_begun_anew(
+    finished: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "toy_2way1shot"
+    shutil.copytree(folder_of(finished), earlier / folder_of(finished).name)
+    for more in ([], ["--evaluate_on_test_set_only"]):
+        with pytest.raises(UserError, match=r"an earlier version kept this run in .*toy_2way1shot"):
+            main(command(toy_data, tmp_path, *more))
+    folder_of(tmp_path).parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder_of(tmp_path), ignore_errors=True)
+    (earlier / folder_of(finished).name).rename(folder_of(tmp_path))
+    main(command(toy_data, tmp_path))
+
+
 def test_experiment_needs_a_finished_epoch_to_test(toy_data: Path, tmp_path: Path) -> None:
     options = parse_args(command(toy_data, tmp_path))
     model = MAMLFewShotClassifier((2, 3, 8, 8), "cpu", options)

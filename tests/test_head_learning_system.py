@@ -186,6 +186,14 @@ def test_a_task_that_was_not_solved_is_left_out_unless_it_is_to_be_used(
     model.check_scores({"unsolved": 0})
 
 
+@pytest.mark.parametrize("head", ["SVM-CS", "Ridge", "ProtoNet"])
+def test_the_cure_of_an_unsolved_task_names_only_options_that_the_head_has(head: str) -> None:
+    model = learner(head=head)
+    veto = model.veto({"loss": 1.0, "unsolved": 1.0})
+    assert veto is not None and head in veto.problem and "--meta_learning_rate" in veto.cure
+    assert ("--svm_on_failure" in veto.cure) == (head == "SVM-CS")
+
+
 def test_embeddings_that_are_no_numbers_do_not_pass_as_an_unsolved_task() -> None:
     model = learner(head="SVM-CS", svm_on_failure="skip")
     x_support, *rest = batch()

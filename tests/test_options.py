@@ -201,6 +201,8 @@ def test_a_flag_alone_means_true() -> None:
 def test_regularisation_of_heads_is_reachable() -> None:
     options = parse_args(["--head", "SVM", "--C_reg", "0.5"])
     assert head_options(options) == {"solver": "structured", "C_reg": 0.5}
+    other = dataclasses.asdict(options) | {"C_reg": 1.0}
+    assert [(one.name, one.policy) for one in differences(other, options, "test")] == [("C_reg", "warn")]
     assert head_options(parse_args(["--head", "Ridge", "--lambda_reg", "10"])) == {"lambda_reg": 10}
     with pytest.raises(UserError, match="--C_reg has no effect with --head Ridge; it needs --head SVM-CS or"):
         parse_args(["--head", "Ridge", "--C_reg", "0.5"])

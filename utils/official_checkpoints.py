@@ -55,13 +55,17 @@ def _resnet_layer(earlier: re.Match[str]) -> str:
     return f"layer{int(block) + 1}{dot}{layer}"
 
 
-def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | Path) -> None:
-    """Copy official weights (a state dict with or without ``module.`` prefixes, or a checkpoint file) into `model`.
+def load_official(model: nn.Module, weights: Mapping[str, Any] | str | Path) -> None:
+    """Copy official weights into `model`: a state dict with or without ``module.`` prefixes, a checkpoint or its file.
 
-    Running statistics that the model does not keep are left out. Raises UserError when a parameter is missing, is not
-    one of the model's, or has another shape; the model is then unchanged.
+    A learner's `weights_in` finds them in a checkpoint, CxGrad's and MetaOptNet's alike. Running statistics that the
+    model does not keep are left out. Raises UserError when a parameter is missing, is not one of the model's, or has
+    another shape; the model is then unchanged.
     """
-    state = weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))["network"]
+    state = weights if isinstance(weights, Mapping) else checkpoints.load(Path(weights))
+    if {"network", "embedding"} & state.keys():
+        learner: Any = model
+        state = learner.weights_in(state)
     present = {EARLIER_RESNET.sub(_resnet_layer, name): tensor for name, tensor in without_prefix(state).items()}
     given, own = to_official(present), to_official(model.state_dict())
     given = {name: tensor for name, tensor in given.items() if name in own or ".running_" not in name}
