@@ -12,7 +12,7 @@ export PYTHON=$python
 unset TEST TEST_DATASET TEST_BATCH_SIZE
 script=experiment_scripts/glyphs_5way_1shot/CxGrad_4conv.sh
 # A dry run cross-tests by itself and leaves nothing to report.
-[[ " ${*,,} " != *" --dry_run true "* ]] || exec bash "$script" "$@"
+[[ ! " $* " =~ \ --dry[-_]run(\ --|[\ =][Tt]rue|\ $) ]] || exec bash "$script" "$@"
 
 "$python" preprocess/preprocess.py --datasets glyphs digits glyphs_colour ${DATASET_DIR:+--dataset_dir "$DATASET_DIR"}
 bash "$script" "$@"

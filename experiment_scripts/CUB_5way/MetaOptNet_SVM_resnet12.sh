@@ -14,7 +14,7 @@ row=(
   --augment true
   --num_classes_per_set 5 --num_samples_per_class 5 --num_target_samples 6 --batch_size 8
   --test_way 5 --val_shot 5 --val_query 15 --test_shots 1,5
-  --backbone ResNet-12 --resnet_widths 64-160-320-640 --avg_pool false --dropblock_schedule training
+  --backbone ResNet-12 --resnet_widths 64-160-320-640 --avg_pool false --dropblock_schedule official
   --batch_norm running --precision float32
   --total_epochs 60 --total_iter_per_epoch 1000
   --meta_learning_rate 0.1 --lr_schedule steps_official --outer_weight_decay 0.0005 --label_smoothing 0
