@@ -93,7 +93,7 @@ def head_options(options: Options) -> dict[str, Any]:
 
 
 class ClassificationHead(nn.Module):
-    """One of `HEADS`, its logits multiplied by a learned scale.
+    """This module is one of `HEADS`, its logits multiplied by a learned scale.
 
     Args:
         base_learner: ProtoNet, Ridge, R2D2, SVM-CS (or SVM), SVM-He or SVM-WW.
@@ -111,13 +111,13 @@ class ClassificationHead(nn.Module):
     def forward(
         self, query: Tensor, support: Tensor, support_labels: Tensor, n_way: int, n_shot: int, **options: Any
     ) -> Tensor:
-        """The logits of `solve_and_score`."""
+        """Return the logits of `solve_and_score`."""
         return self.solve_and_score(query, support, support_labels, n_way, n_shot, **options).logits
 
     def solve_and_score(
         self, query: Tensor, support: Tensor, support_labels: Tensor, n_way: int, n_shot: int, **options: Any
     ) -> Scores:
-        """Logits (tasks, n_query, n_way) in the embeddings' type (float32 for half types), and the residual.
+        """Return logits (tasks, n_query, n_way) in the embeddings' type (float32 for half types), and the residual.
 
         Args:
             query: (tasks, n_query, d), of any float type.
@@ -179,7 +179,7 @@ def one_hot_of_ranks(labels: Tensor, way: int) -> Tensor:
 
 
 class Episode(NamedTuple):
-    """Embeddings of a batch of tasks, and the classes of the support."""
+    """An episode holds embeddings of a batch of tasks, and the classes of the support."""
 
     query: Tensor  # (tasks, n_query, d)
     support: Tensor  # (tasks, n, d)
@@ -189,12 +189,12 @@ class Episode(NamedTuple):
         return Episode(self.query.double(), self.support.double(), self.one_hot)
 
     def kernel(self) -> Tensor:
-        """Inner products of the support embeddings, (tasks, n, n) float64."""
+        """Return inner products of the support embeddings, (tasks, n, n) float64."""
         support = self.support.double()
         return support @ support.mT
 
     def decide(self, coefficients: Tensor) -> Tensor:
-        """Logits (tasks, n_query, way), K(query, support) times `coefficients` (tasks, way, n) of the support points.
+        """Return (tasks, n_query, way), K(query, support) times `coefficients` (tasks, way, n) of the support points.
 
         By way of the classes' weights these are (n_query + n) * d * way products, not n_query * n * d.
         """
@@ -220,7 +220,7 @@ class _Products(torch.autograd.Function):
 
 @register("ProtoNet")
 def proto_net(episode: Episode, normalize: bool = True) -> Scores:
-    """Minus the squared distance to each class's mean (Snell et al. 2017), divided by d if `normalize`."""
+    """Return minus the squared distance to each class's mean (Snell et al. 2017), divided by d if `normalize`."""
     query, support, one_hot = episode.double()
     means = one_hot.mT @ support / one_hot.sum(1).unsqueeze(2)  # (tasks, way, d)
     lengths = query.square().sum(2, keepdim=True) + means.square().sum(2).unsqueeze(1)
@@ -230,7 +230,7 @@ def proto_net(episode: Episode, normalize: bool = True) -> Scores:
 
 @register("R2D2")
 def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
-    """Ridge regression on the one-hot labels (Bertinetto et al. 2019): query X'(X X' + lambda I)^-1 Y."""
+    """Solve ridge regression on the one-hot labels (Bertinetto et al. 2019): query X'(X X' + lambda I)^-1 Y."""
     episode = episode.double()  # float32 products would do for lambda = 50, not for 1
     kernel = episode.kernel()
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -256,7 +256,7 @@ def svm_cs(
     max_iter: int | None = None,
     double_precision: bool = False,
 ) -> Scores:
-    """Multi-class SVM of Crammer and Singer 2001, MetaOptNet's main head."""
+    """Solve the multi-class SVM of Crammer and Singer 2001, MetaOptNet's main head."""
     if solver == "qpth":
         support, one_hot = episode.support.double() if double_precision else episode.support, episode.one_hot
         solution = solve_crammer_singer_qpth(support @ support.mT, one_hot, C_reg, max_iter or 15, double_precision)
@@ -308,7 +308,7 @@ class _ClassWeights(torch.autograd.Function):
 
 
 def _with_last(products: Tensor) -> Tensor:
-    """Products with n points less a mean, then with the mean -> with the points themselves (..., n)."""
+    """Turn products with n points less a mean, then with the mean -> with the points themselves (..., n)."""
     return products[..., :-1] + products[..., -1:]
 
 
@@ -319,7 +319,7 @@ def _and_sum(coefficients: Tensor, points: Tensor) -> Tensor:
 
 @register("SVM-He")
 def svm_he(episode: Episode, C_reg: float = 0.01) -> Scores:
-    """Multi-class SVM of He et al. 2012 with one variable per support point.
+    """Solve the multi-class SVM of He et al. 2012 with one variable per support point.
 
     Codes V_i = (way y_i - 1) / (way - 1); minimise 1/2 a'(K o V V')a - sum a over 0 <= a <= C. A class's logit sums
     a_i K(query, i) over its own support points.
@@ -334,7 +334,7 @@ def svm_he(episode: Episode, C_reg: float = 0.01) -> Scores:
 
 @register("SVM-WW")
 def svm_ww(episode: Episode, C_reg: float = 1e-5) -> Scores:
-    """Multi-class SVM of Weston and Watkins 1999, with a bias in the kernel (K + 1).
+    """Solve the multi-class SVM of Weston and Watkins 1999, with a bias in the kernel (K + 1).
 
     Point i pushes class m != y_i away by a[i, m] in [0, C] and attracts its own class by their sum, so that the
     coefficients of the classes are B = y o (a 1) - a; minimise 1/2 tr(B'(K + 1)B) - 2 sum a.

@@ -61,7 +61,7 @@ def earlier_folder(folder: Path, options: Options) -> Path:
 
 
 class Experiment:
-    """One run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/.
+    """An experiment is one run in its folder: saved_models/{latest,best,epoch_N}, logs/, visual_outputs/.
 
     Head learners' checkpoints have MetaOptNet's names: last_epoch.pth, best_model.pth, epoch_N.pth.
     """
@@ -194,7 +194,7 @@ class Experiment:
         )
 
     def ranking(self) -> list[int]:
-        """Finished epochs, best validation accuracy first; of equal ones the earlier first."""
+        """Return the finished epochs, best validation accuracy first; of equal ones the earlier first."""
         rows = sorted(self.history, key=lambda row: (-row["val_accuracy"], row["epoch"]))
         return [int(row["epoch"]) for row in rows]
 
@@ -208,7 +208,7 @@ class Experiment:
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def file(self, name: str) -> Path:
-        """Where the checkpoint `name` (latest, best, epoch_N) lies."""
+        """Return where the checkpoint `name` (latest, best, epoch_N) lies."""
         return self.models / self.model.file_name(name)
 
     def _files(self) -> list[Path]:
@@ -323,12 +323,12 @@ class Experiment:
 
 
 def iterations_between_readings(seconds_per_iteration: float) -> int:
-    """How many iterations make about a second, at least one."""
+    """Return how many iterations make about a second, at least one."""
     return max(1, min(READ_EVERY_ITERATIONS, int(READ_EVERY_SECONDS / max(seconds_per_iteration, 1e-6))))
 
 
 def local_tasks(batch_size: int) -> range:
-    """This process's share of a meta-batch; raises UserError if it cannot be shared out equally."""
+    """Return this process's share of a meta-batch; raises UserError if it cannot be shared out equally."""
     ranks = distributed.world_size()
     share, rest = divmod(batch_size, ranks)
     if rest:

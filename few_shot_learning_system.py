@@ -33,7 +33,7 @@ EVALUATION, FIRST_ORDER, SECOND_ORDER = 0, 1, 2
 
 
 class InnerStep(NamedTuple):
-    """What one inner step of a batch of tasks used and made."""
+    """This is what one inner step of a batch of tasks used and made."""
 
     step: int
     used: Weights  # what the support images went through; CxGrad: after scaling
@@ -46,7 +46,7 @@ class InnerStep(NamedTuple):
 
 
 class MAMLFewShotClassifier(FewShotLearner):
-    """MAML, CxGrad and the rest of the family, with the official programs' interface.
+    """This learner is MAML, CxGrad and the rest of the family, with the official programs' interface.
 
     Args:
         im_shape: (batch, C, H, W) of the images.
@@ -68,7 +68,7 @@ class MAMLFewShotClassifier(FewShotLearner):
         self.optimizer = torch.optim.Adam(list(self.trained_parameters().values()), lr=options.meta_learning_rate)
 
     def _inner_names(self, rules: Sequence[type[Rule]]) -> list[str]:
-        """Names of the parameters that inner steps move: those trained, batch norm's only if the options say so."""
+        """Return what inner steps move: those trained, batch norm's only if the options say so."""
         names = [name for name, parameter in self.classifier.named_parameters() if parameter.requires_grad]
         if not self.options.enable_inner_loop_optimizable_bn_params:
             names = [name for name in names if name not in self.classifier.norm_names]
@@ -141,7 +141,7 @@ class MAMLFewShotClassifier(FewShotLearner):
     def _gradients(
         loss: Tensor, weights: Weights, states: dict[str, State], order: int
     ) -> tuple[Weights, dict[str, State]]:
-        """The gradients of the loss by the weights and, from the same pass, by every rule's state that requires one."""
+        """Return the loss's gradients by the weights and, from the same pass, by rules' states that require one."""
         keys = [
             (rule, name) for rule, state in states.items() for name, tensor in state.items() if tensor.requires_grad
         ]
@@ -158,11 +158,11 @@ class MAMLFewShotClassifier(FewShotLearner):
         return dict(zip(weights, gradients, strict=False)), by_state
 
     def task_parameters(self, tasks: int, evaluation: bool = False) -> Weights:
-        """The network's meta-parameters, (tasks, ...); in evaluation with the running statistics that it then uses."""
+        """Return the meta-parameters, (tasks, ...); in evaluation with the running statistics that it then uses."""
         return seen_by_tasks(self.classifier, tasks, buffers=evaluation and self.options.batch_norm != "transductive")
 
     def _forward(self, parameters: Weights, evaluation: bool) -> "Forward":
-        """The network as a function of the weights that the inner loop moves."""
+        """Return the network as a function of the weights that the inner loop moves."""
         use_running = evaluation and self.options.batch_norm != "transductive"
 
         def forward(weights: Weights, x: Tensor, step: int, seen: list[BatchStatistics] | None) -> Tensor:
@@ -181,7 +181,7 @@ class MAMLFewShotClassifier(FewShotLearner):
 
     @torch.no_grad()
     def predict(self, state: InnerStep, x_query: Tensor) -> Tensor:
-        """Logits (tasks, n, way) of query images (tasks, n, C, H, W); they are batch-normalised together."""
+        """Return logits (tasks, n, way) of query images (tasks, n, C, H, W); they are batch-normalised together."""
         return self._query_logits(state, x_query, None, evaluation=True)
 
     def _query_logits(
@@ -221,7 +221,7 @@ class MAMLFewShotClassifier(FewShotLearner):
         return self._report(torch.cat(losses), torch.cat(logits), tasks.y_query)
 
     def query_losses(self, tasks: Tasks, epoch: int) -> tuple[Tensor, Tensor]:
-        """Training loss of each task (tasks,), in the graph, and the logits of the last query pass (tasks, n, way)."""
+        """Return each training loss (tasks,), in the graph, and the logits of the last query pass (tasks, n, way)."""
         options = self.options
         steps = options.number_of_training_steps_per_iter
         importances = step_importances(steps, epoch, options)
@@ -266,18 +266,18 @@ Forward = Callable[[Weights, Tensor, int, list[BatchStatistics] | None], Tensor]
 
 
 def build_learner(device: torch.device | str, options: Options) -> FewShotLearner:
-    """The learner that the options ask for; with a --head, a network of gradient steps is an embedding."""
+    """Return the learner that the options ask for; with a --head, a network of gradient steps is an embedding."""
     kind = HeadFewShotClassifier if options.head else MAMLFewShotClassifier
     return kind((options.batch_size, *options.image_shape), device, options)
 
 
 def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values without a history; what could be differentiated by still can."""
+    """Return the same values without a history; what could be differentiated by still can."""
     return {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
 
 
 def step_importances(steps: int, epoch: int, options: Options) -> list[float]:
-    """Weight of the query loss after each inner step; 0 means that it is not computed."""
+    """Return the weight of the query loss after each inner step; 0 means that it is not computed."""
     epochs = options.multi_step_loss_num_epochs
     if options.use_multi_step_loss_optimization and epoch < epochs:
         return multi_step_importances(steps, epoch, epochs)
@@ -285,7 +285,7 @@ def step_importances(steps: int, epoch: int, options: Options) -> list[float]:
 
 
 def multi_step_importances(steps: int, epoch: int, epochs: int) -> list[float]:
-    """MAML++'s multi-step loss: equal weights that move to the last step (docs/arithmetic.md, section 7)."""
+    """Return MAML++'s weights of query losses; they move to the last step (docs/arithmetic.md, section 7)."""
     floor = 0.03 / steps
     early = max(1 / steps - epoch / (steps * epochs), floor)
     last = min(1 / steps + epoch * (steps - 1) / (steps * epochs), 1 - (steps - 1) * floor)
@@ -293,5 +293,5 @@ def multi_step_importances(steps: int, epoch: int, epochs: int) -> list[float]:
 
 
 def cosine(start: float, end: float, position: int, half_period: int) -> float:
-    """Cosine from `start` at position 0 to `end` at `half_period`, and back again."""
+    """Return the cosine from `start` at position 0 to `end` at `half_period`, and back again."""
     return end + (start - end) * (1 + math.cos(math.pi * position / half_period)) / 2

@@ -29,14 +29,14 @@ UNSOLVED = 1e-6  # relative KKT residual above which a task's SVM counts as not 
 
 
 class Support(NamedTuple):
-    """What prediction needs of the support images of some tasks."""
+    """This is what prediction needs of the support images of some tasks."""
 
     features: Tensor  # (tasks, n, d)
     labels: Tensor  # (tasks, n)
 
 
 class FrozenBody(nn.Module):
-    """The features of a network with an inner loop at its meta-parameters: (tasks, n, C, H, W) -> (tasks, n, d)."""
+    """This module makes features of a network with an inner loop: (tasks, n, C, H, W) -> (tasks, n, d)."""
 
     def __init__(self, image_shape: tuple[int, int, int], options: Options) -> None:
         super().__init__()
@@ -109,12 +109,12 @@ class HeadFewShotClassifier(FewShotLearner):
             return Support(self.features(x_support), y_support)
 
     def predict(self, state: Support, x_query: Tensor) -> Tensor:
-        """Logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
+        """Return logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
         return self._score(state, x_query)[0]
 
     @torch.no_grad()
     def _score(self, state: Support, x_query: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and whether the head of each task (tasks,) was not solved."""
+        """Return logits, and whether the head of each task (tasks,) was not solved."""
         self.eval()
         way = self.options.evaluation_task[0]
         return solve(self.head, self.options, state, self.features(x_query), way)
@@ -154,7 +154,7 @@ class HeadFewShotClassifier(FewShotLearner):
         return report | {"loss": loss.detach(), "unsolved": unsolved.sum()}, predictions
 
     def query_losses(self, tasks: Tasks) -> tuple[Tensor, Tensor, Tensor]:
-        """Training loss of each task (tasks,), its logits (tasks, n, way) and whether it was not solved (tasks,).
+        """Return each task's training loss (tasks,), its logits (tasks, n, way) and whether it was not solved (tasks,).
 
         Support and query images pass the embedding separately, so batch norm sees them as two batches (as official).
         """
@@ -218,7 +218,7 @@ class HeadFewShotClassifier(FewShotLearner):
 def solve(
     head: ClassificationHead, options: HeadOptions, support: Support, query: Tensor, way: int
 ) -> tuple[Tensor, Tensor]:
-    """Logits (tasks, n, way) of query features (tasks, n, d), and which tasks' heads were not solved (tasks,)."""
+    """Return logits (tasks, n, way) of query features (tasks, n, d), and which tasks (tasks,) were not solved."""
     shot = support.labels.shape[1] // way
     logits, residuals = head.solve_and_score(
         query, support.features, support.labels, way, shot, **head_options(options)

@@ -29,7 +29,7 @@ class InnerLoop(NamedTuple):
 
 
 class Rule(nn.Module):
-    """One idea about the inner loop; the defaults of all methods change nothing."""
+    """A rule is one idea about the inner loop; the defaults of all methods change nothing."""
 
     flag: ClassVar[str]  # the boolean option that chooses the rule
     sets_rate: ClassVar[bool] = False  # `update` makes the step, in place of plain gradient descent
@@ -204,7 +204,7 @@ class L2FOptions(Options):
 
 @register
 class L2F(Rule):
-    """Each initial tensor times a factor in (0, 1) made from the mean gradients (L2F, Baik et al. 2020, equation 5).
+    """Multiply initial tensors by factors in (0, 1) made from mean gradients (L2F, Baik et al. 2020, equation 5).
 
     The gradients stay in the graph in first order and evaluation too, as in the official program.
     """
@@ -237,7 +237,7 @@ def over_task(per_task: Tensor, tensor: Tensor) -> Tensor:
 
 
 class GradientDescent(Rule):
-    """w <- w - lr * gradient, with one fixed rate (MAML, Finn et al. 2017)."""
+    """Move by w <- w - lr * gradient, with one fixed rate (MAML, Finn et al. 2017)."""
 
     sets_rate = True
 
@@ -258,7 +258,7 @@ class LSLROptions(Options):
 
 @register
 class LSLR(Rule):
-    """Per-layer per-step learned rates (MAML++, Antoniou et al. 2019): one vector of steps + 1 rates per tensor.
+    """Learn rates per layer and step (MAML++, Antoniou et al. 2019): one vector of steps + 1 rates per tensor.
 
     The last entry is never used; it is there because official checkpoints hold it.
     """
@@ -282,7 +282,7 @@ class MetaSGDOptions(Options):
 
 @register
 class MetaSGD(Rule):
-    """A learned rate per weight (Meta-SGD, Li et al. 2017)."""
+    """Learn a rate per weight (Meta-SGD, Li et al. 2017)."""
 
     flag, sets_rate = "meta_sgd", True
 
@@ -305,7 +305,7 @@ class ALFAOptions(Options):
 
 @register
 class ALFA(Rule):
-    """Generated rates and decays (ALFA, Baik et al. 2020): w <- (1 - beta b_k) w - alpha a_k gradient.
+    """Generate rates and decays (ALFA, Baik et al. 2020): w <- (1 - beta b_k) w - alpha a_k gradient.
 
     alpha and beta are generated per task, tensor and step from the means of the weights and of their gradients; a_k and
     b_k are learned per tensor and step. From a random, untrained initialisation the decay has a learned factor per

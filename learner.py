@@ -69,7 +69,7 @@ class FewShotLearner(nn.Module):
 
     @abstractmethod
     def predict(self, state: Any, x_query: Tensor) -> Tensor:
-        """Logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
+        """Return logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
 
     def run_validation_iter(
         self, data_batch: DataBatch, current_iter: int | None = None
@@ -96,7 +96,7 @@ class FewShotLearner(nn.Module):
         return Tasks(images[0], labels[0], images[1], labels[1])
 
     def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
-        """The meta-batch in micro-batches of tasks; gradients do not depend on the cut."""
+        """Yield the meta-batch in micro-batches of tasks; gradients do not depend on the cut."""
         size = self.options.tasks_per_pass or (1 if self.device.type == "cpu" else len(tasks.x_support))
         yield from map(Tasks._make, zip(*(tensor.split(size) for tensor in tasks), strict=True))
 
@@ -115,12 +115,12 @@ class FewShotLearner(nn.Module):
         """Raise UserError where scored tasks must not count, from the sums of their `counts`."""
 
     def protocol(self) -> dict[str, Any]:
-        """How the learner adapts in a test, for the results to say."""
+        """Return how the learner adapts in a test, for the results to say."""
         return {"steps": None, "head": None}
 
     @property
     def learning_rate(self) -> float:
-        """The outer learning rate in use."""
+        """Return the outer learning rate in use."""
         return self.optimizer.param_groups[0]["lr"]
 
     def set_learning_rate(self, rate: float) -> None:
@@ -130,15 +130,15 @@ class FewShotLearner(nn.Module):
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def file_name(self, name: str) -> str:
-        """The file of the checkpoint `name`: latest, best or epoch_N."""
+        """Return the file of the checkpoint `name`: latest, best or epoch_N."""
         return self.file_names.get(name, f"{name}{self.suffix}")
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The parts of a checkpoint that hold weights, as the official programs name them."""
+        """Return the parts of a checkpoint that hold weights, as the official programs name them."""
         return {"network": to_official(self.state_dict())}
 
     def weights_in(self, state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The weights in a checkpoint by this model's names; UserError if another kind of learner made it."""
+        """Return the weights in a checkpoint by this model's names; UserError if another kind of learner made it."""
         if "network" not in state:
             raise UserError("it was trained with --learner head, this model with gradient steps")
         weights: Mapping[str, Tensor] = state["network"]
@@ -184,7 +184,7 @@ def as_tensor(array: Any) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of each task (tasks,), from logits (tasks, n, way) and labels (tasks, n).
+    """Return the mean cross-entropy of each task (tasks,), from logits (tasks, n, way) and labels (tasks, n).
 
     With `smoothing`, the target is 1 - smoothing on the true class and shares smoothing among the *other* classes
     (MetaOptNet's way; torch's own label smoothing gives the true class a share too).

@@ -44,7 +44,7 @@ class Pass(NamedTuple):
 
 
 class TaskConv2d(nn.Conv2d):
-    """A convolution with Xavier-uniform weights and zero biases: (n, tasks*in, H, W) -> (n, tasks*out, h, w).
+    """This convolution has Xavier-uniform weights and zero biases: (n, tasks*in, H, W) -> (n, tasks*out, h, w).
 
     Its weight is (out, in, k, k), or (tasks, out, in, k, k) under `functional_call`.
     """
@@ -55,7 +55,7 @@ class TaskConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def grouped(self) -> tuple[Tensor, Tensor | None, Geometry]:
-        """The weights and biases of all tasks, and stride, padding and number of groups."""
+        """Return the weights and biases of all tasks, and stride, padding and number of groups."""
         per_task = self.weight.dim() == 5
         weight = self.weight.flatten(0, 1) if per_task else self.weight
         bias = None if self.bias is None else self.bias.flatten()
@@ -78,7 +78,7 @@ SHARED_NORM = NormSettings()
 
 
 class TaskBatchNorm(nn.Module):
-    """Batch norm per task and channel of x (n, tasks*C, H, W), by the images at hand or by running statistics.
+    """This batch norm is per task and channel of (n, tasks*C, H, W), by the images at hand or by running statistics.
 
     Scale 1 and shift 0, and running mean 0 and variance 1 if tracked, are (C,), or (steps, C) where per step; under
     `functional_call` they have a task dimension in front.
@@ -100,7 +100,7 @@ class TaskBatchNorm(nn.Module):
             self.register_buffer("running_var", torch.ones(rows))
 
     def of_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """Scale and shift of all tasks at a step, (tasks*C,)."""
+        """Return scale and shift of all tasks at a step, (tasks*C,)."""
         per_step = self.weights_per_step
         weight, bias = (t[..., step, :] if per_step else t for t in (self.weight, self.bias))
         return weight.flatten(), bias.flatten()
@@ -119,7 +119,7 @@ class TaskBatchNorm(nn.Module):
         return out
 
     def row(self, kind: str, step: int) -> Tensor:
-        """Running statistics at a step."""
+        """Return running statistics at a step."""
         statistics: Tensor = getattr(self, kind)
         return statistics[..., step, :] if self.per_step else statistics
 
@@ -143,7 +143,7 @@ def conv_norm(
 
 
 class BatchStatistics(NamedTuple):
-    """What one pass saw in one batch-norm layer."""
+    """This is what one pass saw in one batch-norm layer."""
 
     layer: TaskBatchNorm
     step: int
@@ -153,7 +153,7 @@ class BatchStatistics(NamedTuple):
 
 @torch.no_grad()
 def update_running_statistics(seen: Sequence[BatchStatistics]) -> None:
-    """Exponential moving average (momentum 0.1) over the passes in `seen`, task after task, pass after pass."""
+    """Move averages (momentum 0.1) over the passes in `seen`, task after task, pass after pass."""
     rows: dict[tuple[TaskBatchNorm, int], list[BatchStatistics]] = {}
     for statistics in seen:
         rows.setdefault((statistics.layer, statistics.step if statistics.layer.per_step else 0), []).append(statistics)
@@ -167,7 +167,7 @@ def update_running_statistics(seen: Sequence[BatchStatistics]) -> None:
 
 
 class LinearClassifier(nn.Module):
-    """Features (tasks, n, d) -> logits (tasks, n, way); weights (way, d), Xavier-uniform, and zero bias (way,)."""
+    """Turn features (tasks, n, d) into logits (tasks, n, way); weights are Xavier-uniform, the bias is zero."""
 
     def __init__(self, features: int, way: int) -> None:
         super().__init__()
@@ -192,28 +192,28 @@ class Backbone(nn.Module):
 
     @property
     def head_names(self) -> set[str]:
-        """Names of the classifier's parameters."""
+        """Return the names of the classifier's parameters."""
         return {f"layer_dict.linear.{name}" for name, _ in self.layer_dict["linear"].named_parameters()}
 
     @property
     def norm_names(self) -> set[str]:
-        """Names of the scales and shifts of batch norm."""
+        """Return the names of the scales and shifts of batch norm."""
         norms = [(name, module) for name, module in self.named_modules() if isinstance(module, TaskBatchNorm)]
         return {f"{name}.{kind}" for name, _ in norms for kind in ("weight", "bias")}
 
     def forward(self, images: Tensor, at: Pass) -> Tensor:
-        """Logits (tasks, n, way) of images (tasks, n, C, H, W)."""
+        """Return logits (tasks, n, way) of images (tasks, n, C, H, W)."""
         logits: Tensor = self.layer_dict["linear"](self.features(images, at))
         return logits
 
     def features(self, images: Tensor, at: Pass) -> Tensor:
-        """What the classifier sees of images (tasks, n, C, H, W): (tasks, n, d)."""
+        """Return what the classifier sees of images (tasks, n, C, H, W): (tasks, n, d)."""
         tasks, n = images.shape[:2]
         x = self.embed(images.transpose(0, 1).flatten(1, 2), at)
         return x.reshape(n, tasks, -1).transpose(0, 1)
 
     def embed(self, x: Tensor, at: Pass) -> Tensor:
-        """Images (n, tasks*C, H, W) -> maps (n, tasks*channels, h, w)."""
+        """Turn images (n, tasks*C, H, W) into maps (n, tasks*channels, h, w)."""
         raise NotImplementedError
 
 
@@ -244,7 +244,7 @@ def register_embedding(name: str, *aliases: str) -> Callable[[Any], Any]:
 
 
 def build_backbone(image_shape: ImageShape, options: Options, official_bias: bool) -> Backbone:
-    """The network with an inner loop that the options name; its convolutions have biases as --use_bias or official."""
+    """Build the network that the options name, for an inner loop; --use_bias or `official_bias` decides on biases."""
     norm = NormSettings(
         steps=options.number_of_training_steps_per_iter if options.per_step_bn_statistics else 0,
         tracked=options.tracks_statistics,
@@ -256,12 +256,12 @@ def build_backbone(image_shape: ImageShape, options: Options, official_bias: boo
 
 
 def build_embedding(image_shape: ImageShape, options: Options) -> nn.Module:
-    """The embedding of a head learner that the options name."""
+    """Build the embedding of a head learner that the options name."""
     return EMBEDDINGS[options.backbone](image_shape, options)
 
 
 def seen_by_tasks(network: nn.Module, tasks: int, buffers: bool) -> dict[str, Tensor]:
-    """The network's parameters, and its buffers if wanted, (tasks, ...): every task sees the same, without a copy."""
+    """Return the parameters, and the buffers if wanted, (tasks, ...): all tasks see the same, without a copy."""
     tensors: dict[str, Tensor] = dict(network.named_parameters())
     if buffers:
         tensors |= dict(network.named_buffers())
@@ -269,7 +269,7 @@ def seen_by_tasks(network: nn.Module, tasks: int, buffers: bool) -> dict[str, Te
 
 
 class Conv4(Backbone):
-    """Blocks of [3x3 conv, batch norm, leaky ReLU, 2x2 max-pool], then a linear classifier (MAML++'s 4-conv network).
+    """MAML++ has this network: [3x3 conv, batch norm, leaky ReLU, 2x2 max-pool] four times, then a linear classifier.
 
     With `max_pooling` off, convolutions have stride 2 and the last map is averaged.
 
@@ -334,7 +334,7 @@ def build_conv4(image_shape: ImageShape, options: Options, norm: NormSettings, b
 
 
 class ResNet12(Backbone):
-    """Residual blocks, each halving the map, then a global average and the classifier.
+    """This network has residual blocks, each halving the map, then a global average and the classifier.
 
     ALFA and L2F report results with widths 64-128-256-512.
     """
@@ -361,7 +361,7 @@ def build_resnet12(image_shape: ImageShape, options: Options, norm: NormSettings
 
 
 class ResidualBlock(nn.Module):
-    """[3x3 conv, norm, leaky ReLU] twice, [conv, norm], plus a 1x1 conv and norm; leaky ReLU, 2x2 max-pool.
+    """A block is [3x3 conv, norm, leaky ReLU] twice, [conv, norm], plus a 1x1 conv and norm; leaky ReLU, 2x2 max-pool.
 
     Args:
         conv: kind of the convolutions.
@@ -407,7 +407,9 @@ DROPBLOCK_SCHEDULES = ("training", "official")
 
 
 class ProtoNetConv64(nn.Module):
-    """Four blocks of [3x3 conv, batch norm, ReLU, 2x2 max-pool]: 256 features at 32x32, 1600 at 84x84 (ProtoNet).
+    """ProtoNet has this network: four blocks of [3x3 conv, batch norm, ReLU, 2x2 max-pool].
+
+    It makes 256 features at 32x32 and 1600 at 84x84.
 
     Args:
         image_shape: (C, H, W) of one image, at least 16x16.
@@ -436,7 +438,7 @@ def build_conv64(image_shape: ImageShape, options: Options) -> ProtoNetConv64:
 
 
 class R2D2Net(nn.Module):
-    """Four blocks of [3x3 conv, batch norm, 2x2 max-pool, leaky ReLU]; the features are the maps of the last two.
+    """R2D2 has this network: four blocks of [3x3 conv, batch norm, 2x2 max-pool, leaky ReLU]; it uses the last two.
 
     8192 features at 32x32, 51200 at 84x84 (Bertinetto et al., 2019). The last block has no activation; blocks three and
     four end with dropout.
@@ -475,7 +477,7 @@ def build_r2d2_net(image_shape: ImageShape, options: Options) -> R2D2Net:
 
 
 class ResNet12Embedding(nn.Module):
-    """MetaOptNet's ResNet-12: four wide residual blocks, regularised, the last map flattened or averaged.
+    """This is MetaOptNet's ResNet-12: four wide residual blocks, regularised, the last map flattened or averaged.
 
     2560 features at 32x32, 16000 at 84x84, `widths[-1]` with `avg_pool`. `ResNet12` above has the same blocks without
     dropout, a global average and a classifier.
@@ -590,7 +592,7 @@ def blank_squares(x: Tensor, hits: Tensor, block_size: int) -> Tensor:
 
 
 def pooled_size(image_shape: ImageShape, poolings: int) -> tuple[int, int]:
-    """Height and width after so many 2x2 poolings; UserError where nothing is left."""
+    """Return height and width after so many 2x2 poolings; UserError where nothing is left."""
     _, height, width = image_shape
     if min(height, width) < 2**poolings:
         raise UserError(f"images of {height}x{width} are too small for {poolings} poolings: use larger images")
@@ -598,7 +600,7 @@ def pooled_size(image_shape: ImageShape, poolings: int) -> tuple[int, int]:
 
 
 def initialise_convolutions(network: nn.Module) -> None:
-    """He's normal initialisation by fan-out: standard deviation sqrt(2 / (k*k*out))."""
+    """Initialise as He et al. by fan-out: standard deviation sqrt(2 / (k*k*out))."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -29,7 +29,7 @@ SINGULAR = 1e-10  # added to a box problem's Hessian, relative to its diagonal; 
 
 
 class Solution(NamedTuple):
-    """A batch of solved problems.
+    """This is a batch of solved problems.
 
     `residual` is the largest violation of the optimality conditions relative to the problem's own size: for a solved
     task below 1e-10 while the kernel's entries are below 1e5, up to 1e-7 where they reach 1e8; inf for a kernel that is
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     rows_sum_to_zero: bool
 
     def descent(self, x: Tensor) -> Tensor:
-        """Negative gradient of the objective."""
+        """Return the negative gradient of the objective."""
         return torch.baddbmm(self.linear, x, self.hessian, alpha=-1)
 
 
@@ -92,7 +92,7 @@ def _add_diagonal(matrices: Tensor, value: float) -> Tensor:
 def solve_crammer_singer_qpth(
     kernel: Tensor, one_hot: Tensor, C_reg: float = 0.1, max_iter: int = 15, double: bool = False
 ) -> Solution:
-    """The same problem by the qpth package, dense over all n * way variables, as the paper's program calls it.
+    """Solve the same problem by the qpth package, dense over all n * way variables, as the paper's program calls it.
 
     Args:
         max_iter: interior-point passes at most; the official test run stops after 3, far from the solution.
@@ -124,7 +124,7 @@ def solve_crammer_singer_qpth(
 
 
 def solve(problem: Problem) -> Solution:
-    """The solution, differentiable with respect to the Hessian, once."""
+    """Return the solution, differentiable with respect to the Hessian, once."""
     return Solution(*_Solve.apply(problem.hessian, problem._replace(hessian=problem.hessian.detach())))
 
 
@@ -149,7 +149,7 @@ class _Solve(torch.autograd.Function):
 
 
 class Factors(NamedTuple):
-    """A Newton system on the free entries, ready to solve."""
+    """This is a Newton system on the free entries, ready to solve."""
 
     free: Tensor  # (tasks, blocks, n), 1 or 0
     inverse: Tensor  # (tasks, blocks, n, n), of the free part of each block's matrix; elsewhere 0 but for rounding
@@ -212,7 +212,7 @@ def solve_free(factors: Factors, right: Tensor, excess: Tensor | float = 0.0) ->
 
 
 def _times(rows: Tensor, matrices: Tensor) -> Tensor:
-    """Each block's row times its matrix: a quarter of the time of a matrix times a column."""
+    """Multiply each block's row by its matrix: a quarter of the time of a matrix times a column."""
     return torch.bmm(rows.flatten(0, 1).unsqueeze(1), matrices.flatten(0, 1)).view_as(rows)
 
 
@@ -291,7 +291,7 @@ def search(problem: Problem) -> tuple[Solution, Factors]:
 
 
 def active_set(problem: Problem, side: Tensor | None = None) -> tuple[Solution, Factors]:
-    """The state after at most `ROUNDS` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
+    """Return the state after at most `ROUNDS` rounds from `side`: 1 held at the upper bound, -1 at the lower, 0 free.
 
     A finished task repeats its last round, so that a round is one batch. Without `side` it starts from a guess.
     """
@@ -316,7 +316,7 @@ def active_set(problem: Problem, side: Tensor | None = None) -> tuple[Solution, 
 
 
 def guess_sides(problem: Problem, whole: Tensor) -> Tensor:
-    """Sides after a few projected gradient steps on the multipliers of the bounds, from H's inverse `whole`."""
+    """Return sides after a few projected gradient steps on the multipliers of the bounds, from H's inverse `whole`."""
     steps = whole / whole.diagonal(dim1=1, dim2=2).amax(1).view(-1, 1, 1)  # about its largest eigenvalue
     start = (problem.linear - problem.linear.mean(1, keepdim=True)) @ whole - problem.upper
     excess, push = start, torch.zeros_like(start)  # of x over its bounds; the multipliers in units of x
@@ -341,7 +341,7 @@ def next_sides(problem: Problem, x: Tensor, multiplier: Tensor) -> Tensor:
 
 
 def interior_point(problem: Problem) -> Tensor:
-    """Sides that a predictor-corrector method (Mehrotra 1992) leads to from inside the bounds.
+    """Return sides that a predictor-corrector method (Mehrotra 1992) leads to from inside the bounds.
 
     A task that is done, or whose step is not finite, stays where it is. Rows sum to 0 throughout.
     """

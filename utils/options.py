@@ -71,7 +71,7 @@ SEED = {"at_least": 0, "at_most": 2**32 - 1}
 
 @dataclasses.dataclass
 class Options:
-    """Resolved options of one run. Construct through `parse_args`, `from_object` or `from_mapping`; all validate.
+    """These are the options of one run. Construct through `parse_args`, `from_object` or `from_mapping`; all validate.
 
     The defaults are those of a gradient learner; `utils.metaoptnet` holds what differs with ``learner`` = head. Every
     instance also has the options that `add_options` has added.
