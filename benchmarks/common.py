@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.devices import keep_freed_memory  # noqa: E402
+from utils.devices import keep_freed_memory, peak_memory_gib  # noqa: E402
 from utils.tables import aligned  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,7 +75,7 @@ def command_line(description: str | None, threads: int | None = None) -> argpars
     return parser
 
 
-def start(parser: argparse.ArgumentParser, child: Callable[..., Row] | None = None) -> argparse.Namespace:
+def start(parser: argparse.ArgumentParser, child: Callable[..., Any] | None = None) -> argparse.Namespace:
     """Parse the command line, set this process up as training does, and print the machine's line.
 
     A process that `run_child` started prints what `child(options, *what)` returns and ends here.
@@ -95,9 +96,12 @@ def start(parser: argparse.ArgumentParser, child: Callable[..., Row] | None = No
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def run_child(*what: Any, python: str = sys.executable, script: str | None = None) -> Row:
-    """Return what this script's `child` makes of `what` in a process of its own; raises Failed with its last words."""
-    command = [python, script or sys.argv[0], *sys.argv[1:], "--child", json.dumps(what)]
+def run_child(*what: Any, command: Sequence[str] = ()) -> Any:
+    """Return what this script's `child` makes of `what` in a process of its own; raises Failed with its last words.
+
+    Another `command` (interpreter, script, options) may answer instead.
+    """
+    command = [*(command or (sys.executable, *sys.argv)), "--child", json.dumps(what)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
@@ -108,8 +112,7 @@ def run_child(*what: Any, python: str = sys.executable, script: str | None = Non
         raise Failed(f"ended by {signal.Signals(-done.returncode).name}; out of memory?")
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    result: Row = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def in_turns(variants: Mapping[str, Callable[[], T]], rounds: int) -> tuple[dict[str, list[T]], dict[str, str]]:
@@ -131,24 +134,58 @@ def in_turns(variants: Mapping[str, Callable[[], T]], rounds: int) -> tuple[dict
     return found, failures
 
 
+def compare(
+    case: Row, variants: Mapping[str, Callable[[], Row]], rounds: int, count: str = "", of: int = 1
+) -> list[Row]:
+    """Return a row for every variant of one case, measured in turns: medians, and its time over the first variant's.
+
+    A variant returns `seconds` and other numbers; `count` names what it did `of` in them, for a column of its rate.
+    """
+    found, failures = in_turns(variants, rounds)
+    first, rows = found.get(next(iter(variants))), []
+    for name in variants:
+        row = {**case, "variant": name}
+        if name in failures:
+            rows.append(row | {"failed": failures[name]})
+            continue
+        row |= {key: statistics.median(result[key] for result in found[name]) for key in found[name][0]}
+        if count:
+            row[f"{count}_per_second"] = of / row["seconds"]
+        if first and found[name] is not first:
+            row["time_over_first"] = spread(*([result["seconds"] for result in each] for each in (found[name], first)))
+        rows.append(row)
+    return rows
+
+
 def one_line(error: Exception) -> str:
     """Return an error's first line, with the error's kind unless it is Failed."""
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, Failed) else f"{type(error).__name__}: {text}"
 
 
-def attempt(work: Callable[[], Row]) -> Row:
-    """Return the row that `work` makes, or a row with the reason why there is none."""
+def attempt(work: Callable[[], list[Row]], case: Row) -> list[Row]:
+    """Return the rows that `work` makes, or one of this case with the reason why there are none."""
     try:
         return work()
     except Exception as error:
-        return {"failed": one_line(error)}
+        return [case | {"failed": one_line(error)}]
 
 
 def spread(over: Sequence[float], under: Sequence[float]) -> list[float]:
     """Return lowest, median and highest ratio, pair by pair."""
     ratios = sorted(a / b for a, b in zip(over, under, strict=True))
     return [ratios[0], statistics.median(ratios), ratios[-1]]
+
+
+def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 2) -> Row:
+    """Return the seconds of the fastest repetition, and the peak memory of this process or on its GPU."""
+    seconds = []
+    for _ in range(warm_up + repetitions):
+        begin = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": min(seconds[warm_up:]), "peak_gib": peak_memory_gib(torch.device(device))}
 
 
 def synchronise(device: torch.device | str) -> None:
@@ -181,7 +218,7 @@ def text(value: Any) -> str:
         return "–"
     if isinstance(value, list):
         lowest, median, highest = map(text, value)
-        return f"{median} ({lowest} .. {highest})"
+        return median if lowest == highest else f"{median} ({lowest} .. {highest})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
