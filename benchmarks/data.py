@@ -95,8 +95,7 @@ def sample(folder: Path, name: str, pixels: int, episodes: int) -> list[Row]:
     tasks = {"ours": iter(range(episodes)), "official": iter(range(episodes))}
     ways = {"ours": lambda: source.batch(next(tasks["ours"]), 1), "official": lambda: official(next(tasks["official"]))}
     variants = {variant: partial(timed, way, "cpu", warm_up=0, repetitions=1) for variant, way in ways.items()}
-    rows = compare({"files": name, "pixels": pixels}, variants, episodes)
-    return [{column: value for column, value in row.items() if column != "peak_gib"} for row in rows]
+    return compare({"files": name, "pixels": pixels}, variants, episodes)
 
 
 def build(_: argparse.Namespace, folder: str, name: str, pixels: int) -> Row:
