@@ -35,7 +35,7 @@ format: $(READY) ## put the code into the checked format
 
 # A benchmark that fails does not keep the others from running; make then fails at the end.
 bench: $(READY) ## run the benchmarks and print their tables; BENCH=iteration ARGS="--size 32" runs one
-	failed=
+	@failed=
 	for name in $(BENCH); do
 	    echo "== $$name"
 	    "$(ENV_PYTHON)" "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"

@@ -91,6 +91,8 @@ def start(parser: argparse.ArgumentParser, child: Callable[..., Any] | None = No
     A process that `run_child` started prints what `child(options, *what)` returns and ends here.
     """
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"PyTorch sees no GPU here for --device {options.device}; --device cpu runs without one")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
@@ -121,7 +123,8 @@ def run_child(*what: Any, command: Sequence[str] = ()) -> Any:
     if done.returncode < 0:
         raise Failed(f"ended by {signal.Signals(-done.returncode).name}; out of memory?")
     if done.returncode:
-        raise Failed((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise Failed(said.removeprefix(f"{Failed.__module__}.Failed: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 

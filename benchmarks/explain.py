@@ -72,17 +72,21 @@ class Call(NamedTuple):
 
 
 class Counting(TorchDispatchMode):
-    """Inside, `calls` collects every operation that is more than a view."""
+    """Inside, `calls` collects every operation on a device ("cpu", "cuda") that is more than a view."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.device, self.calls = device, list[Call]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.name().split("::")[-1].split(".")[0]
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-        if func.namespace == "aten" and name not in LAUNCHES_NOTHING and tensors:
+        if (
+            func.namespace == "aten"
+            and name not in LAUNCHES_NOTHING
+            and any(t.device.type == self.device for t in tensors)
+        ):
             self.calls.append(Call(kind(name), flops(func, args, kwargs or {}, result), sum(map(size, tensors))))
         return result
 
@@ -129,7 +133,7 @@ def counting(device: str) -> Iterator[Counting]:
             stack.enter_context(FakeTensorMode())
         else:
             stack.enter_context(stand_in_cuda())
-        yield stack.enter_context(Counting())
+        yield stack.enter_context(Counting(device))
 
 
 def calls_of_iteration(method: str, shot: int, options: argparse.Namespace, device: str) -> list[Call]:
