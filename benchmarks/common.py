@@ -190,7 +190,7 @@ def spread(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [ratios[0], statistics.median(ratios), ratios[-1]]
 
 
-def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 2) -> Row:
+def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
     """Return the seconds of the fastest repetition."""
     seconds = []
     for _ in range(warm_up + repetitions):
@@ -201,7 +201,7 @@ def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: i
     return {"seconds": min(seconds[warm_up:])}
 
 
-def timed_alone(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 2) -> Row:
+def timed_alone(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
     """Return what `timed` does and the peak memory, in a process that does nothing else of size."""
     return timed(work, device, warm_up, repetitions) | {"peak_gib": peak_memory_gib(torch.device(device))}
 

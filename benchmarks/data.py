@@ -94,7 +94,7 @@ def sample(folder: Path, name: str, pixels: int, episodes: int) -> list[Row]:
     torch.testing.assert_close(ours, official(0), atol=1e-5, rtol=0)
     tasks = {"ours": iter(range(episodes)), "official": iter(range(episodes))}
     ways = {"ours": lambda: source.batch(next(tasks["ours"]), 1), "official": lambda: official(next(tasks["official"]))}
-    variants = {variant: partial(timed, way, "cpu", warm_up=0, repetitions=1) for variant, way in ways.items()}
+    variants = {variant: partial(timed, way, "cpu", warm_up=0) for variant, way in ways.items()}
     return compare({"files": name, "pixels": pixels}, variants, episodes)
 
 

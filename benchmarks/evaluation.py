@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace, variant: str, method: str, shot: int) -
     expected = {"loss": evaluate("naive", method, *small), "gradients": {}}
     check_parity(evaluate(variant, method, *small), {}, expected)
     model, batch = build(method, shot, options, options.size)
-    return timed_alone(lambda: evaluate(variant, method, model, batch), options.device, repetitions=4)
+    return timed_alone(lambda: evaluate(variant, method, model, batch), options.device, repetitions=3)
 
 
 def main() -> None:

@@ -207,7 +207,7 @@ def explain(method: str, shot: int, options: argparse.Namespace, here: Limits) -
     calls = calls_of_iteration(method, shot, options, kind_of_device)
     on_cuda = calls if kind_of_device == "cuda" else calls_of_iteration(method, shot, options, "cuda")
     model, batch = build(method, shot, options, options.size)
-    measured = timed(lambda: train("ours", method, model, batch), options.device)["seconds"]
+    measured = timed(lambda: train("ours", method, model, batch), options.device, repetitions=2)["seconds"]
     gaps = []
     for machine, limits, of_machine in (("this machine", here, calls), ("H100, a model", H100, on_cuda)):
         eager, graph = floors(limits, of_machine)

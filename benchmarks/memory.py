@@ -33,7 +33,7 @@ def measure(options: argparse.Namespace, variant: str) -> Row:
     labels = [torch.arange(5, device=options.device).view(1, 5, 1).repeat(1, 1, n) for n in (5, 15)]
     losses: list[float] = []
     row = timed_alone(
-        lambda: losses.append(model.run_train_iter((*images, *labels), 0)[0]["loss"].item()), options.device, 0, 1
+        lambda: losses.append(model.run_train_iter((*images, *labels), 0)[0]["loss"].item()), options.device, 0
     )
     return row | {"loss": losses[0]}
 
