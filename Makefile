@@ -8,9 +8,10 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 ENV_PYTHON := $(CURDIR)/.venv/bin/python
 READY := .venv/.requirements-installed
+BENCH ?= iteration evaluation head_training svm_head data augmentation explain
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test lint format bench
+.PHONY: help demo test lint format bench bench-peers
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,8 +33,17 @@ format: $(READY) ## put the code into the checked format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-bench: $(READY) ## time training iterations and print one table
-	"$(ENV_PYTHON)" benchmarks/iteration.py $(ARGS)
+# A benchmark that fails does not keep the others from running; make then fails at the end.
+bench: $(READY) ## run the benchmarks and print their tables; BENCH=iteration ARGS="--size 32" runs one
+	@failed=
+	for name in $(BENCH); do
+	    echo "== $$name"
+	    "$(ENV_PYTHON)" "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"
+	done
+	[[ -z $$failed ]] || { echo "make: failed:$$failed" >&2; exit 1; }
+
+bench-peers: $(READY)
+	"$(ENV_PYTHON)" benchmarks/peers.py
 
 $(READY): requirements.txt
 	@stop() { echo "make: $$1" >&2; exit 1; }
