@@ -10,11 +10,11 @@ ENV_PYTHON := $(CURDIR)/.venv/bin/python
 READY := .venv/.requirements-installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test lint format bench
+.PHONY: help demo test lint format bench check-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; GPU=0 runs it on a GPU
 	@PYTHON="$(ENV_PYTHON)" bash experiment_scripts/demo.sh "$(or $(GPU),cpu)"
@@ -34,6 +34,9 @@ format: $(READY) ## put the code into the checked format
 
 bench: $(READY) ## time training iterations and print one table
 	"$(ENV_PYTHON)" benchmarks/iteration.py $(ARGS)
+
+check-gpu: $(READY) ## check the first GPU, or else the CPU; ARGS="--only parity waits" checks part of it
+	"$(ENV_PYTHON)" benchmarks/check_gpu.py $(ARGS)
 
 $(READY): requirements.txt
 	@stop() { echo "make: $$1" >&2; exit 1; }

@@ -1,0 +1,131 @@
+"""`make check-gpu` on a CPU: every section is there, a defect fails, and what raises an exception is a line."""
+
+import json
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import few_shot_learning_system
+import meta_neural_network_architectures as networks
+from benchmarks import check_gpu
+from inner_loop_optimizers import RULES, chosen_rules
+from tests.stand_in_cuda import stand_in_cuda
+
+CPU = check_gpu.Setup(torch.device("cpu"))
+
+
+def lines_of(folder: Path, *words: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run on the CPU and return section -> check -> line."""
+    check_gpu.main(["--gpu", "cpu", "--results", str(folder), *words])
+    return recorded(folder)
+
+
+def recorded(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    sections = json.loads((folder / "check_gpu_cpu.json").read_text())["sections"]
+    return {section: {line["name"]: line for line in lines} for section, lines in sections.items()}
+
+
+def test_a_cpu_passes_and_every_section_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = lines_of(tmp_path)
+    assert list(sections) == list(check_gpu.SECTIONS) and all(sections.values())
+    printed = capsys.readouterr().out
+    for section, lines in sections.items():
+        for name, line in lines.items():
+            assert f"{section:11} {name}" in printed
+            assert line["verdict"] in ("ok", "measured", "not available"), line
+    assert {line["verdict"] for line in sections["parity"].values()} == {"ok"}
+    assert all(line["figures"]["ms"] > 0 for line in sections["times"].values())
+    assert sections["processes"]["CxGrad, gradient of two processes"]["verdict"] == "ok"
+    assert len(sections["kernels"]) == 21
+
+
+def test_every_rule_is_checked() -> None:
+    chosen = {
+        rule for extra in check_gpu.METHODS.values() for rule in chosen_rules(check_gpu.gradient_options(CPU, **extra))
+    }
+    assert set(RULES.values()) <= chosen
+
+
+def with_error(plain: Callable[..., Tensor], size: float) -> Callable[..., Tensor]:
+    return lambda *given: plain(*given) * (1 + size)
+
+
+def test_a_wrong_operation_fails_parity(tmp_path: Path) -> None:
+    wrong = with_error(networks.conv_norm_activate, 1e-4)
+    with mock.patch.object(networks, "conv_norm_activate", wrong), pytest.raises(SystemExit) as ended:
+        lines_of(tmp_path, "--only", "parity")
+    assert ended.value.code == 1
+    lines = recorded(tmp_path)["parity"]
+    assert {name: line["verdict"] for name, line in lines.items() if name in ("CxGrad", "MAML++", "conv64, Ridge")} == {
+        "CxGrad": "FAILED",
+        "MAML++": "ok",  # batch norm with running statistics is another operation
+        "conv64, Ridge": "ok",
+    }
+
+
+def test_runs_that_differ_fail(tmp_path: Path) -> None:
+    plain, calls = few_shot_learning_system.cross_entropy, count()
+
+    def wrong(*given: Tensor) -> Tensor:
+        return plain(*given) * (1 + next(calls) / 10**6)
+
+    with mock.patch.object(few_shot_learning_system, "cross_entropy", wrong), pytest.raises(SystemExit):
+        lines_of(tmp_path, "--only", "repeats")
+    assert recorded(tmp_path)["repeats"]["CxGrad"]["verdict"] == "FAILED"
+
+
+def test_an_exception_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
+    plain = check_gpu.head_time
+
+    def broken(setup: check_gpu.Setup, head: str, *more: Any) -> check_gpu.Outcome:
+        if head == "SVM-CS":
+            raise RuntimeError("no such kernel\nfor this device")
+        return plain(setup, head, *more)
+
+    with mock.patch.object(check_gpu, "head_time", broken), pytest.raises(SystemExit) as ended:
+        lines_of(tmp_path, "--only", "head_times", "precision")
+    assert ended.value.code == 1
+    lines = recorded(tmp_path)
+    assert (
+        lines["head_times"]["ResNet-12, SVM-CS: bf16, NHWC"]["note"] == "RuntimeError: no such kernel for this device"
+    )
+    assert lines["head_times"]["ResNet-12, Ridge: bf16, NHWC"]["verdict"] == "measured"
+    assert lines["precision"]
+
+
+def test_what_the_time_is_too_short_for_is_said(tmp_path: Path) -> None:
+    work = mock.Mock()
+    assert check_gpu.outcome_of(work, deadline=0).verdict == "left out"
+    work.assert_not_called()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
+    """On stand-in tensors, with their own way of noticing."""
+    plain = few_shot_learning_system.cross_entropy
+
+    def copying(*given: Tensor) -> Tensor:
+        plain(*given).detach().cpu()
+        return plain(*given)
+
+    with stand_in_cuda() as mode:
+        setup = check_gpu.Setup(torch.device("cuda", 0))
+        options = check_gpu.gradient_options(CPU, contextual_grad=True)
+
+        def forbid(debug_mode: str) -> None:
+            mode.forbid = debug_mode == "error"
+
+        with (
+            mock.patch.object(torch.cuda, "set_sync_debug_mode", forbid),
+            mock.patch.object(few_shot_learning_system, "cross_entropy", copying if waits else plain),
+        ):
+            outcome = check_gpu.outcome_of(lambda: check_gpu.never_waits(setup, lambda: options), deadline=float("inf"))
+            mode.forbid = False
+    assert (outcome.verdict == "FAILED") == waits, outcome
+    assert ("HostWaits" in outcome.note) == waits
