@@ -70,23 +70,19 @@ class NotAvailable(Exception):
     """This machine or this version cannot do what a check is about; the message says why."""
 
 
-class Setup(NamedTuple):
-    """This says where the checks run."""
-
-    device: torch.device
-
-    @property
-    def gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-
 Checks = Iterator[tuple[str, Callable[[], Outcome]]]
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 # --- learners and data ---------------------------------------------------------------------------------------------
 
 LSLR = "learnable_per_layer_per_step_inner_loop_learning_rate"
 PER_STEP = {"per_step_bn_statistics": True, "batch_norm": "per_step"}
+CXGRAD_84 = {"contextual_grad": True, "image_height": 84, "image_width": 84, "num_target_samples": 15,
+             "number_of_training_steps_per_iter": 5}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "CxGrad": {"contextual_grad": True},
     "MAML": {},
@@ -102,45 +98,45 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradient_options(setup: Setup, **extra: Any) -> Options:
+def gradient_options(device: torch.device, **extra: Any) -> Options:
     """Return a gradient learner's options; a CPU gets a smaller network."""
-    side, filters, steps = (32, 48, 3) if setup.gpu else (28, 4, 2)
-    small = {} if setup.gpu or "backbone" not in extra else {"resnet_widths": "4-5-6-7"}
+    side, filters, steps = (32, 48, 3) if on_gpu(device) else (28, 4, 2)
+    small = {} if on_gpu(device) or "backbone" not in extra else {"resnet_widths": "4-5-6-7"}
     names = ("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter")
     usual = {"image_height": side, "image_width": side, "cnn_num_filters": filters, **dict.fromkeys(names, steps)}
     tasks = {"batch_size": 2, "num_target_samples": 3, "tasks_per_pass": 2}
     return Options.from_mapping(usual | small | tasks | extra)
 
 
-def head_options(setup: Setup, head: str, backbone: str = "conv64", **extra: Any) -> Options:
+def head_options(device: torch.device, head: str, backbone: str = "conv64", **extra: Any) -> Options:
     """Return a head learner's options, at 32x32; a CPU gets a smaller ResNet-12."""
-    small = {} if setup.gpu or backbone != "ResNet-12" else {"resnet_widths": "4-5-6-8"}
+    small = {} if on_gpu(device) or backbone != "ResNet-12" else {"resnet_widths": "4-5-6-8"}
     named = {"learner": "head", "head": head, "backbone": backbone, "image_height": 32, "image_width": 32}
     tasks = {"batch_size": 2, "num_classes_per_set": 5, "num_samples_per_class": 3, "num_target_samples": 3}
     return Options.from_mapping(named | small | tasks | {"val_shot": 3, "val_query": 3, "augment": False} | extra)
 
 
-def all_learners(setup: Setup) -> Iterator[tuple[str, Callable[[], Options]]]:
+def all_learners(device: torch.device) -> Iterator[tuple[str, Callable[[], Options]]]:
     """Yield the name and the options of every method and of every head."""
     for name, extra in METHODS.items():
-        yield name, partial(gradient_options, setup, **extra)
+        yield name, partial(gradient_options, device, **extra)
     for head in HEADS:
-        yield f"conv64, {head}", partial(head_options, setup, head)
-    yield "ResNet-12, Ridge", partial(head_options, setup, "Ridge", "ResNet-12")
+        yield f"conv64, {head}", partial(head_options, device, head)
+    yield "ResNet-12, Ridge", partial(head_options, device, "Ridge", "ResNet-12")
 
 
-def refuse(reason: str) -> Outcome:
-    raise NotAvailable(reason)
+def require(available: bool, otherwise: str) -> None:
+    if not available:
+        raise NotAvailable(otherwise)
 
 
 def require_option(name: str) -> None:
-    if not is_option(name):
-        refuse(f"this version has no option --{name}")
+    require(is_option(name), f"this version has no option --{name}")
 
 
-def made_batch(options: Options, device: torch.device) -> list[Tensor]:
+def made_batch(options: Options, device: torch.device, seed: int = 0) -> list[Tensor]:
     """Return a meta-batch of noise, float64: images (tasks, way, n, C, H, W), support and query, and their labels."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     way, tasks = options.num_classes_per_set, options.batch_size
     counts = options.training_task[1:]
     draw = partial(torch.rand, generator=generator, dtype=torch.float64)
@@ -185,29 +181,19 @@ def torch_operations() -> Iterator[None]:
 # --- environment ---------------------------------------------------------------------------------------------------
 
 
-def environment(setup: Setup) -> Checks:
-    yield "versions", lambda: Outcome(MEASURED, dict(machine(str(setup.device))))
-    yield "GPU", partial(gpu_facts, setup)
-    yield "float32 is no TF32", partial(plain_float32, setup)
+def environment(device: torch.device) -> Checks:
+    yield "versions", lambda: Outcome(MEASURED, dict(machine(str(device))))
+    yield "GPU", partial(gpu_facts, device)
 
 
-def gpu_facts(setup: Setup) -> Outcome:
-    if not setup.gpu:
-        raise NotAvailable("PyTorch sees no GPU" if not torch.cuda.is_available() else "a CPU is checked")
-    facts = torch.cuda.get_device_properties(setup.device)
+def gpu_facts(device: torch.device) -> Outcome:
+    require(on_gpu(device), "the CPU is checked")
+    facts = torch.cuda.get_device_properties(device)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     versions = {"driver": driver, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     sizes: Figures = {"capability": f"{facts.major}.{facts.minor}", "GiB": facts.total_memory / 2**30}
     return Outcome(MEASURED, {**versions, **sizes, "GPUs": torch.cuda.device_count()})
-
-
-def plain_float32(setup: Setup) -> Outcome:
-    """A gradient learner has to turn TF32 off, which libraries may have turned on."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    build_learner(setup.device, gradient_options(setup))
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return Outcome(FAILED if setup.gpu and allowed else OK, {})
 
 
 # --- parity --------------------------------------------------------------------------------------------------------
@@ -217,26 +203,27 @@ FLOAT64_GRADIENT, FLOAT64_LOSS = 1e-6, 1e-9
 FLOAT32_LOSS, FLOAT32_COSINE = 1e-3, 0.995
 
 
-def parity(setup: Setup) -> Checks:
-    for name, options in all_learners(setup):
-        yield name, partial(equals_cpu, setup, options)
-    if setup.gpu:
-        full = {"num_target_samples": 15, "image_height": 84, "image_width": 84}
-        yield (
-            "CxGrad, 84x84",
-            partial(equals_cpu, setup, partial(gradient_options, setup, contextual_grad=True, **full)),
-        )
+def parity(device: torch.device) -> Checks:
+    for name, options in all_learners(device):
+        yield name, partial(equals_cpu, device, options)
+    if on_gpu(device):
+        yield "CxGrad, 84x84", partial(equals_cpu, device, partial(gradient_options, device, **CXGRAD_84))
 
 
-def outer_gradient(options: Options, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the outer gradient of the made meta-batch, float64 on the CPU, and the loss."""
+def outer_gradient(options: Options, device: torch.device, dtype: torch.dtype, before: int = 0) -> tuple[Tensor, float]:
+    """Return the outer gradient of a meta-batch, float64 on the CPU, and the loss, after `before` other meta-batches.
+
+    The iterations before it let a device capture its graph, which the last one then replays with another input.
+    """
     model = without_chance(build_learner(device, options)).to(dtype)
-    return gradient_and_loss(model, made_batch(options, device))
+    return gradient_and_loss(model, [made_batch(options, device, seed) for seed in range(before, -1, -1)])
 
 
-def gradient_and_loss(model: FewShotLearner, batch: Sequence[Tensor]) -> tuple[Tensor, float]:
-    with mock.patch.object(model.optimizer, "step"):  # some optimisers change the gradients
-        losses, _ = model.run_train_iter(batch, 0)
+def gradient_and_loss(model: FewShotLearner, batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    """Return the outer gradient and the loss of the last meta-batch, all with the same weights."""
+    with mock.patch.object(model.optimizer, "step"):  # some optimisers change the gradients too
+        for batch in batches:
+            losses, _ = model.run_train_iter(batch, 0)
     found = [p.grad.detach().flatten().double().cpu() for p in model.parameters() if p.grad is not None]
     return torch.cat(found), losses["loss"].item()
 
@@ -245,13 +232,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a, b, dim=0).item()
 
 
-def equals_cpu(setup: Setup, make_options: Callable[[], Options]) -> Outcome:
+def equals_cpu(device: torch.device, make_options: Callable[[], Options]) -> Outcome:
     """Compare with PyTorch's own operations on the CPU in float64."""
     options = make_options()
     with torch_operations():
         reference, loss = outer_gradient(options, torch.device("cpu"), torch.float64)
-    double, double_loss = outer_gradient(options, setup.device, torch.float64)
-    single, single_loss = outer_gradient(options, setup.device, torch.float32)
+    double, double_loss = outer_gradient(options, device, torch.float64)
+    single, single_loss = outer_gradient(options, device, torch.float32, before=WARM_UP)
     figures = {
         "float64 gradient": ((double - reference).norm() / reference.norm()).item(),
         "float64 loss": abs(double_loss / loss - 1),
@@ -273,12 +260,13 @@ ITERATIONS, WARM_UP = 3, 3  # the first ones set up libraries, choose algorithms
 READS_OF_AN_SVM = 8  # per iteration at most
 
 
-def waits(setup: Setup) -> Checks:
-    if not setup.gpu:
-        yield "iterations", partial(refuse, "needs a GPU; tests/test_stand_in_cuda.py checks it on stand-in tensors")
+def waits(device: torch.device) -> Checks:
+    if not on_gpu(device):
+        reason = "needs a GPU; tests/test_stand_in_cuda.py checks it on stand-in tensors"
+        yield "iterations", lambda: Outcome(NOT_AVAILABLE, {}, reason)
         return
-    for name, options in all_learners(setup):
-        yield name, partial(never_waits, setup, options)
+    for name, options in all_learners(device):
+        yield name, partial(never_waits, device, options)
 
 
 def made_episodes(options: Options, device: torch.device) -> Episodes:
@@ -289,10 +277,10 @@ def made_episodes(options: Options, device: torch.device) -> Episodes:
     return training_episodes(split, options, device, None)
 
 
-def never_waits(setup: Setup, make_options: Callable[[], Options]) -> Outcome:
+def never_waits(device: torch.device, make_options: Callable[[], Options]) -> Outcome:
     """Run iterations, episodes included, where waiting of the host is an error; SVMs may read through `look`."""
     options, plain_look, reads = make_options(), qp_solvers.look, 0
-    model, episodes = build_learner(setup.device, options), made_episodes(options, setup.device)
+    model, episodes = build_learner(device, options), made_episodes(options, device)
 
     def look(*values: Tensor) -> list[float]:
         nonlocal reads
@@ -316,20 +304,20 @@ def never_waits(setup: Setup, make_options: Callable[[], Options]) -> Outcome:
 # --- repeats -------------------------------------------------------------------------------------------------------
 
 
-def repeats(setup: Setup) -> Checks:
+def repeats(device: torch.device) -> Checks:
     learners = {
-        "CxGrad": partial(gradient_options, setup, **METHODS["CxGrad"]),
-        "MAML++": partial(gradient_options, setup, **METHODS["MAML++"]),
-        "ResNet-12, Ridge": partial(head_options, setup, "Ridge", "ResNet-12"),
-        "ResNet-12, SVM-CS": partial(head_options, setup, "SVM-CS", "ResNet-12"),
+        "CxGrad": partial(gradient_options, device, **METHODS["CxGrad"]),
+        "MAML++": partial(gradient_options, device, **METHODS["MAML++"]),
+        "ResNet-12, Ridge": partial(head_options, device, "Ridge", "ResNet-12"),
+        "ResNet-12, SVM-CS": partial(head_options, device, "SVM-CS", "ResNet-12"),
     }
     for name, options in learners.items():
-        yield name, partial(same_bits, setup, options, deterministic=False)
+        yield name, partial(same_bits, device, options, deterministic=False)
     for name, options in learners.items():
-        yield f"{name}, --deterministic true", partial(same_bits, setup, options, deterministic=True)
+        yield f"{name}, --deterministic true", partial(same_bits, device, options, deterministic=True)
 
 
-def same_bits(setup: Setup, make_options: Callable[..., Options], deterministic: bool) -> Outcome:
+def same_bits(device: torch.device, make_options: Callable[..., Options], deterministic: bool) -> Outcome:
     """Train twice, and once in two parts; on a GPU equal bits are promised with --deterministic only."""
     if deterministic:
         require_option("deterministic")
@@ -341,14 +329,14 @@ def same_bits(setup: Setup, make_options: Callable[..., Options], deterministic:
         def trained(name: str, *epochs: int) -> dict[str, Tensor]:
             for total in epochs:
                 options = make_options(**run, experiments_dir=f"{folder}/{name}", total_epochs=total)
-                model = build_learner(setup.device, options)
+                model = build_learner(device, options)
                 Experiment(options, model).train()
             return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
         once = trained("once", 2)
         others = {"again": trained("again", 2), "resumed": trained("resumed", 1, 2)}
     differing = {name: sum(not torch.equal(t, once[n]) for n, t in other.items()) for name, other in others.items()}
-    equal, promised = not any(differing.values()), deterministic or not setup.gpu
+    equal, promised = not any(differing.values()), deterministic or not on_gpu(device)
     figures: Figures = {f"tensors that differ, {name}": count for name, count in differing.items()}
     return Outcome((OK if equal else FAILED) if promised else MEASURED, figures)
 
@@ -356,36 +344,35 @@ def same_bits(setup: Setup, make_options: Callable[..., Options], deterministic:
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
-def processes(setup: Setup) -> Checks:
-    yield "CxGrad, gradient of two processes", partial(two_equal_one, setup)
+def processes(device: torch.device) -> Checks:
+    yield "CxGrad, gradient of two processes", partial(two_equal_one, device)
 
 
-def two_equal_one(setup: Setup) -> Outcome:
+def two_equal_one(device: torch.device) -> Outcome:
     """Compare the outer gradient of two processes, which torchrun starts, with that of one."""
-    if setup.gpu and torch.cuda.device_count() < 2:
-        raise NotAvailable("needs two GPUs")
+    require(not on_gpu(device) or torch.cuda.device_count() > 1, "needs two GPUs")
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as folder:
         file = Path(folder) / "gradient.pt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launcher, __file__, "--gpu", "0,1" if setup.gpu else "cpu", "--minutes", "2"]
-        threads = os.environ | ({} if setup.gpu else {"OMP_NUM_THREADS": "1"})
+        command = [*launcher, __file__, "--gpu", "0,1" if on_gpu(device) else "cpu", "--minutes", "2"]
+        threads = os.environ | ({} if on_gpu(device) else {"OMP_NUM_THREADS": "1"})
         done = subprocess.run([*command, "--rank-to", str(file)], env=threads, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"two processes ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         found = torch.load(file)
-    options = gradient_options(setup, contextual_grad=True)
-    one, _ = outer_gradient(options, setup.device, torch.float64)
+    options = gradient_options(device, contextual_grad=True)
+    one, _ = outer_gradient(options, device, torch.float64)
     error = ((found["gradient"] - one).norm() / one.norm()).item()
     return Outcome(OK if error <= FLOAT64_GRADIENT else FAILED, {"float64 gradient": error})
 
 
-def gradient_of_rank(setup: Setup, file: Path) -> None:
+def gradient_of_rank(device: torch.device, file: Path) -> None:
     """Do the share of one process of `two_equal_one`; the first one writes the mean gradient of all."""
-    with distributed.processes(setup.device):
+    with distributed.processes(device):
         rank = distributed.rank()
-        options = gradient_options(setup, contextual_grad=True)
-        share = [part[rank : rank + 1] for part in made_batch(options, setup.device)]
-        gradient, _ = gradient_and_loss(build_learner(setup.device, options).double(), share)
+        options = gradient_options(device, contextual_grad=True)
+        share = [part[rank : rank + 1] for part in made_batch(options, device)]
+        gradient, _ = gradient_and_loss(build_learner(device, options).double(), [share])
         if distributed.is_main():
             torch.save({"gradient": gradient}, file)
 
@@ -393,21 +380,19 @@ def gradient_of_rank(setup: Setup, file: Path) -> None:
 # --- precision -----------------------------------------------------------------------------------------------------
 
 
-def precision(setup: Setup) -> Checks:
-    yield "CxGrad, outer gradient", partial(cosines, setup)
+def precision(device: torch.device) -> Checks:
+    yield "CxGrad, outer gradient", partial(cosines, device)
 
 
-def cosines(setup: Setup) -> Outcome:
+def cosines(device: torch.device) -> Outcome:
     """Compare the outer gradient in float32 and in TF32, which is off in gradient learners, with float64."""
-    if not setup.gpu:
-        raise NotAvailable("TF32 needs a GPU")
-    size = {"image_height": 84, "image_width": 84, "num_target_samples": 15, "number_of_training_steps_per_iter": 5}
-    options = gradient_options(setup, contextual_grad=True, **size)
-    exact, _ = outer_gradient(options, setup.device, torch.float64)
-    single, _ = outer_gradient(options, setup.device, torch.float32)
-    model = build_learner(setup.device, options)
+    require(on_gpu(device), "TF32 needs a GPU")
+    options = gradient_options(device, **CXGRAD_84)
+    exact, _ = outer_gradient(options, device, torch.float64)
+    single, _ = outer_gradient(options, device, torch.float32)
+    model = build_learner(device, options)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    rounded, _ = gradient_and_loss(model, made_batch(options, setup.device))
+    rounded, _ = gradient_and_loss(model, [made_batch(options, device)])
     figures = {"cosine of float32": cosine(single, exact), "cosine of TF32": cosine(rounded, exact)}
     return Outcome(MEASURED, {**figures})
 
@@ -415,111 +400,102 @@ def cosines(setup: Setup) -> Outcome:
 # --- times and memory ----------------------------------------------------------------------------------------------
 
 TIMED = 3  # iterations; the median counts
-PUBLISHED = {"image_height": 84, "image_width": 84, "num_target_samples": 15, "number_of_training_steps_per_iter": 5}
 
 
-def times(setup: Setup) -> Checks:
-    for shot, tasks in ((1, 4), (5, 2)) if setup.gpu else ((1, 2),):
+def times(device: torch.device) -> Checks:
+    for shot, tasks in ((1, 4), (5, 2)) if on_gpu(device) else ((1, 2),):
         for captured, grouped, ours, benchmark in itertools.product((False, True), repeat=4):
-            if setup.gpu or not (captured or benchmark):
+            if on_gpu(device) or not (captured or benchmark):
                 words = ["captured" if captured else "eager", "grouped" if grouped else "per task"]
                 words += ["ours" if ours else "torch's", "benchmark" if benchmark else "no benchmark"]
                 name = f"CxGrad {shot}-shot x{tasks}: {', '.join(words)}"
-                yield name, partial(iteration_time, setup, shot, tasks, captured, grouped, ours, benchmark)
+                yield name, partial(iteration_time, device, shot, tasks, captured, grouped, ours, benchmark)
 
 
 def iteration_time(
-    setup: Setup, shot: int, tasks: int, captured: bool, grouped: bool, ours: bool, benchmark: bool
+    device: torch.device, shot: int, tasks: int, captured: bool, grouped: bool, ours: bool, benchmark: bool
 ) -> Outcome:
-    extra: dict[str, Any] = {"contextual_grad": True, "batch_size": tasks, "num_samples_per_class": shot}
-    extra |= {"tasks_per_pass": tasks if grouped else 1} | (PUBLISHED if setup.gpu else {})
+    size = CXGRAD_84 if on_gpu(device) else METHODS["CxGrad"]
+    extra = {"batch_size": tasks, "num_samples_per_class": shot, "tasks_per_pass": tasks if grouped else 1}
     if captured:
         require_option("cuda_graph")
     if is_option("cuda_graph"):
-        extra["cuda_graph"] = "auto" if captured else "off"
-    options = gradient_options(setup, **extra)
-    with contextlib.nullcontext() if ours else torch_operations(), warnings_of_the_program() as said:
-        model = build_learner(setup.device, options)
+        size = size | {"cuda_graph": "auto" if captured else "off"}
+    options = gradient_options(device, **size | extra)
+    with contextlib.nullcontext() if ours else torch_operations(), mock.patch.object(logging.Logger, "warning") as warn:
+        model = build_learner(device, options)
         torch.backends.cudnn.benchmark = benchmark
-        figures = milliseconds(setup, model, made_batch(options, setup.device))
-    return Outcome(FAILED if captured and said else MEASURED, figures, "; ".join(said))
+        figures = milliseconds(device, model, made_batch(options, device))
+    said = "; ".join(call.args[0] % call.args[1:] for call in warn.call_args_list)  # that no graph was captured, or why
+    return Outcome(FAILED if captured and said else MEASURED, figures, said)
 
 
-def milliseconds(setup: Setup, model: FewShotLearner, batch: Sequence[Tensor]) -> Figures:
+def milliseconds(device: torch.device, model: FewShotLearner, batch: Sequence[Tensor]) -> Figures:
     """Return the median time of a training iteration and, on a GPU, the most memory that it held."""
     batch = [part.to(next(model.parameters()).dtype) if part.is_floating_point() else part for part in batch]
     seconds = []
     try:
-        for i in range(WARM_UP + TIMED if setup.gpu else 1 + 2):
-            if setup.gpu and i == WARM_UP:
-                torch.cuda.reset_peak_memory_stats(setup.device)
+        for i in range(WARM_UP + TIMED if on_gpu(device) else 1 + 2):
+            if on_gpu(device) and i == WARM_UP:
+                torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
             model.run_train_iter(batch, 0)
-            synchronise(setup)
+            synchronise(device)
             seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
         raise NotAvailable("the GPU's memory is too small for this variant") from error
-    figures: Figures = {"ms": 1000 * statistics.median(seconds[WARM_UP if setup.gpu else 1 :])}
-    return figures | ({"GiB": peak_memory_gib(setup.device)} if setup.gpu else {})
+    figures: Figures = {"ms": 1000 * statistics.median(seconds[WARM_UP if on_gpu(device) else 1 :])}
+    return figures | ({"GiB": peak_memory_gib(device)} if on_gpu(device) else {})
 
 
-def synchronise(setup: Setup) -> None:
-    if setup.gpu:
-        torch.cuda.synchronize(setup.device)
+def synchronise(device: torch.device) -> None:
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
 
 
-@contextlib.contextmanager
-def warnings_of_the_program() -> Iterator[list[str]]:
-    """Collect what is logged as a warning, such as that a graph was not captured."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger().addHandler(handler)
-    try:
-        yield said
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
-def head_times(setup: Setup) -> Checks:
+def head_times(device: torch.device) -> Checks:
     layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
     for head, kind, layout in itertools.product(("Ridge", "SVM-CS"), ("float32", "tf32", "bf16"), layouts):
-        if setup.gpu or kind != "tf32":
-            yield f"ResNet-12, {head}: {kind}, {layout}", partial(head_time, setup, head, kind, layouts[layout])
+        if on_gpu(device) or kind != "tf32":
+            yield f"ResNet-12, {head}: {kind}, {layout}", partial(head_time, device, head, kind, layouts[layout])
 
 
-def head_time(setup: Setup, head: str, kind: str, layout: torch.memory_format) -> Outcome:
-    size = {"batch_size": 8, "num_samples_per_class": 5, "num_target_samples": 6} if setup.gpu else {}
-    options = head_options(setup, head, "ResNet-12", precision=kind, **size)
-    model = build_learner(setup.device, options)
+def head_time(device: torch.device, head: str, kind: str, layout: torch.memory_format) -> Outcome:
+    size = {"batch_size": 8, "num_samples_per_class": 5, "num_target_samples": 6} if on_gpu(device) else {}
+    options = head_options(device, head, "ResNet-12", precision=kind, **size)
+    model = build_learner(device, options)
     assert isinstance(model, HeadFewShotClassifier)
     model.embedding.to(memory_format=layout)
-    return Outcome(MEASURED, milliseconds(setup, model, made_batch(options, setup.device)))
+    return Outcome(MEASURED, milliseconds(device, model, made_batch(options, device)))
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
-def kernels(setup: Setup) -> Checks:
+def kernels(device: torch.device) -> Checks:
     """Yield the 20 slowest kernels of a training iteration, on a CPU the 20 slowest operators."""
     slowest: list[tuple[str, Figures]] = []
-    yield "all together", partial(profiled, setup, slowest)
+    yield "all together", partial(profiled, device, slowest)
     for name, figures in slowest:
         yield name, partial(Outcome, MEASURED, figures)
 
 
-def profiled(setup: Setup, slowest: list[tuple[str, Figures]]) -> Outcome:
+def profiled(device: torch.device, slowest: list[tuple[str, Figures]]) -> Outcome:
     """Return the sum of all kernels, and add the slowest ones to the list."""
-    options = gradient_options(setup, contextual_grad=True, **(PUBLISHED if setup.gpu else {}))
-    model, batch = build_learner(setup.device, options), made_batch(options, setup.device)
-    figures = milliseconds(setup, model, batch)
+    options = gradient_options(device, **CXGRAD_84 if on_gpu(device) else METHODS["CxGrad"])
+    model, batch = build_learner(device, options), made_batch(options, device)
+    figures = milliseconds(device, model, batch)
     with torch.profiler.profile() as profile:
         model.run_train_iter(batch, 0)
-        synchronise(setup)
+        synchronise(device)
     found = [
-        (event.key[:60], (event.self_device_time_total if setup.gpu else event.self_cpu_time_total) / 1000, event.count)
+        (
+            event.key[:60],
+            (event.self_device_time_total if on_gpu(device) else event.self_cpu_time_total) / 1000,
+            event.count,
+        )
         for event in profile.key_averages()
-        if not setup.gpu or event.device_type == DeviceType.CUDA
+        if not on_gpu(device) or event.device_type == DeviceType.CUDA
     ]
     found.sort(key=lambda entry: -entry[1])
     slowest += [(name, {"ms": ms, "calls": count}) for name, ms, count in found[:20]]
@@ -529,7 +505,7 @@ def profiled(setup: Setup, slowest: list[tuple[str, Figures]]) -> Outcome:
 
 # --- running -------------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Setup], Checks]] = {
+SECTIONS: dict[str, Callable[[torch.device], Checks]] = {
     section.__name__: section
     for section in (environment, parity, waits, repeats, processes, precision, times, head_times, kernels)
 }
@@ -570,13 +546,13 @@ def shown(figures: Figures) -> str:
     )
 
 
-def check(setup: Setup, names: Sequence[str], minutes: float, file: Path) -> int:
+def check(device: torch.device, names: Sequence[str], minutes: float, file: Path) -> int:
     """Run the sections, print their lines, write `file` after each, and return the number of failures."""
     deadline, failures = time.monotonic() + 60 * minutes, 0
-    record: dict[str, Any] = {"machine": machine(str(setup.device)), "sections": {}}
+    record: dict[str, Any] = {"machine": machine(str(device)), "sections": {}}
     for name in names:
         lines = record["sections"][name] = []
-        for check_name, work in SECTIONS[name](setup):
+        for check_name, work in SECTIONS[name](device):
             outcome = outcome_of(work, deadline)
             lines.append({"name": check_name, **outcome._asdict()})
             failures += outcome.verdict == FAILED
@@ -594,15 +570,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record [benchmarks/results]")
     parser.add_argument("--rank-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    setup = Setup(choose_device(options.gpu))
+    device = choose_device(options.gpu)
     faulthandler.dump_traceback_later(60 * options.minutes, exit=True, file=2)  # a hang ends too
     try:
         if options.rank_to:
-            gradient_of_rank(setup, options.rank_to)
+            gradient_of_rank(device, options.rank_to)
             return
-        kind = machine(str(setup.device))["device"].replace(" ", "_") if setup.gpu else "cpu"
+        kind = machine(str(device))["device"].replace(" ", "_") if on_gpu(device) else "cpu"
         file = options.results / f"check_gpu_{kind}.json"
-        failures = check(setup, options.only, 0.9 * options.minutes, file)
+        failures = check(device, options.only, 0.9 * options.minutes, file)
     finally:
         faulthandler.cancel_dump_traceback_later()
     print(f"{failures} failed; written to {os.path.relpath(file)}")

@@ -17,7 +17,7 @@ from benchmarks import check_gpu
 from inner_loop_optimizers import RULES, chosen_rules
 from tests.stand_in_cuda import stand_in_cuda
 
-CPU = check_gpu.Setup(torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 def lines_of(folder: Path, *words: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -70,7 +70,8 @@ def test_a_wrong_operation_fails_parity(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_fail(tmp_path: Path) -> None:
-    plain, calls = few_shot_learning_system.cross_entropy, count()
+    plain: Any = few_shot_learning_system.cross_entropy
+    calls = count()
 
     def wrong(*given: Tensor) -> Tensor:
         return plain(*given) * (1 + next(calls) / 10**6)
@@ -83,10 +84,10 @@ def test_runs_that_differ_fail(tmp_path: Path) -> None:
 def test_an_exception_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
     plain = check_gpu.head_time
 
-    def broken(setup: check_gpu.Setup, head: str, *more: Any) -> check_gpu.Outcome:
+    def broken(device: torch.device, head: str, *more: Any) -> check_gpu.Outcome:
         if head == "SVM-CS":
             raise RuntimeError("no such kernel\nfor this device")
-        return plain(setup, head, *more)
+        return plain(device, head, *more)
 
     with mock.patch.object(check_gpu, "head_time", broken), pytest.raises(SystemExit) as ended:
         lines_of(tmp_path, "--only", "head_times", "precision")
@@ -108,14 +109,14 @@ def test_what_the_time_is_too_short_for_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
     """On stand-in tensors, with their own way of noticing."""
-    plain = few_shot_learning_system.cross_entropy
+    plain: Any = few_shot_learning_system.cross_entropy
 
     def copying(*given: Tensor) -> Tensor:
         plain(*given).detach().cpu()
         return plain(*given)
 
     with stand_in_cuda() as mode:
-        setup = check_gpu.Setup(torch.device("cuda", 0))
+        device = torch.device("cuda", 0)
         options = check_gpu.gradient_options(CPU, contextual_grad=True)
 
         def forbid(debug_mode: str) -> None:
@@ -125,7 +126,9 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
             mock.patch.object(torch.cuda, "set_sync_debug_mode", forbid),
             mock.patch.object(few_shot_learning_system, "cross_entropy", copying if waits else plain),
         ):
-            outcome = check_gpu.outcome_of(lambda: check_gpu.never_waits(setup, lambda: options), deadline=float("inf"))
+            outcome = check_gpu.outcome_of(
+                lambda: check_gpu.never_waits(device, lambda: options), deadline=float("inf")
+            )
             mode.forbid = False
     assert (outcome.verdict == "FAILED") == waits, outcome
     assert ("HostWaits" in outcome.note) == waits
