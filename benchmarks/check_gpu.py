@@ -46,7 +46,7 @@ from few_shot_learning_system import build_learner  # noqa: E402
 from head_learning_system import HeadFewShotClassifier  # noqa: E402
 from learner import FewShotLearner  # noqa: E402
 from utils import distributed, entry  # noqa: E402
-from utils.devices import choose_device, peak_memory_gib  # noqa: E402
+from utils.devices import choose_device  # noqa: E402
 from utils.files import write_text  # noqa: E402
 from utils.image_cache import Split  # noqa: E402
 from utils.options import Options, is_option  # noqa: E402
@@ -163,10 +163,13 @@ def torch_operations() -> Iterator[None]:
     def leaky_relu(x: Tensor, slope: float) -> Tensor:
         return x if slope == 1 else F.leaky_relu(x, slope)
 
-    def conv_norm_activate(x: Tensor, *conv_and_norm: Any) -> Tensor:
-        *conv, weight, bias, slope, pool = conv_and_norm
-        y = F.batch_norm(conv2d(x, *conv), None, None, weight, bias, training=True, eps=networks.BATCH_NORM_EPS)
-        y = leaky_relu(y, slope)
+    def conv_norm_activate(x: Tensor, *given: Any) -> Tensor:
+        *conv, weight, bias, slope, pool, seen = given
+        y = conv2d(x, *conv)
+        if seen is not None:
+            variance, mean = torch.var_mean(y.detach(), (0, 2, 3))
+            seen.append((mean, variance))
+        y = leaky_relu(F.batch_norm(y, None, None, weight, bias, training=True, eps=networks.EPS), slope)
         return F.max_pool2d(y, 2) if pool else y
 
     def max_pool_2x2(x: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ def equals_cpu(device: torch.device, make_options: Callable[[], Options]) -> Out
 
 # --- waits ---------------------------------------------------------------------------------------------------------
 
-ITERATIONS, WARM_UP = 3, 3  # the first ones set up libraries, choose algorithms and capture graphs
+ITERATIONS, WARM_UP = 3, 4  # the first ones set up libraries, choose algorithms and capture the graph
 READS_OF_AN_SVM = 8  # per iteration at most
 
 
@@ -434,10 +437,10 @@ def milliseconds(device: torch.device, model: FewShotLearner, batch: Sequence[Te
     """Return the median time of a training iteration and, on a GPU, the most memory that it held."""
     batch = [part.to(next(model.parameters()).dtype) if part.is_floating_point() else part for part in batch]
     seconds = []
+    if on_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
     try:
-        for i in range(WARM_UP + TIMED if on_gpu(device) else 1 + 2):
-            if on_gpu(device) and i == WARM_UP:
-                torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARM_UP + TIMED if on_gpu(device) else 1 + 2):
             start = time.perf_counter()
             model.run_train_iter(batch, 0)
             synchronise(device)
@@ -445,7 +448,12 @@ def milliseconds(device: torch.device, model: FewShotLearner, batch: Sequence[Te
     except torch.OutOfMemoryError as error:
         raise NotAvailable("the GPU's memory is too small for this variant") from error
     figures: Figures = {"ms": 1000 * statistics.median(seconds[WARM_UP if on_gpu(device) else 1 :])}
-    return figures | ({"GiB": peak_memory_gib(device)} if on_gpu(device) else {})
+    if on_gpu(device):
+        figures |= {
+            "GiB": torch.cuda.max_memory_allocated() / 2**30,
+            "GiB held": torch.cuda.max_memory_reserved() / 2**30,
+        }
+    return figures
 
 
 def synchronise(device: torch.device) -> None:
@@ -571,6 +579,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     device = choose_device(options.gpu)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; PyTorch reads it once only
     faulthandler.dump_traceback_later(60 * options.minutes, exit=True, file=2)  # a hang ends too
     try:
         if options.rank_to:
