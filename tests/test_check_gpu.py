@@ -129,3 +129,30 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
             mode.forbid = False
     assert (outcome.verdict == "FAILED") == waits, outcome
     assert ("HostWaits" in outcome.note) == waits
+
+
+def test_what_only_a_gpu_runs_is_run_on_stand_in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_gpu, "WARM_UP", 0)
+    monkeypatch.setattr(check_gpu, "REPEATED", 1)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 2**31)
+    gpu, shape = torch.device("cuda", 0), {"num_samples_per_class": 5, "batch_size": 2, "tasks_per_pass": 2}
+    with stand_in_cuda():
+        found = [
+            check_gpu.iteration_time(gpu, shape, captured=False, ours=True, benchmark=True),
+            check_gpu.iteration_time(gpu, shape, captured=False, ours=False, benchmark=False),
+            check_gpu.head_time(gpu, "Ridge", "bf16", torch.channels_last),
+        ]
+    assert all(outcome.verdict == "measured" and outcome.figures["GiB held"] == 2 for outcome in found), found
+    assert len(dict(check_gpu.times(gpu))) == 32 and len(dict(check_gpu.head_times(gpu))) == 12
+
+
+def test_a_variant_that_does_not_fit_in_memory_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(few_shot_learning_system.MAMLFewShotClassifier, "run_train_iter", full)
+    (_, work), *_ = check_gpu.times(CPU)
+    assert check_gpu.outcome_of(work, float("inf")).verdict == "not available"
