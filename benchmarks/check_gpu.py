@@ -137,7 +137,7 @@ def equals_cpu(where: device, make_options: Callable[[], Options], bounds: Bound
     with torch_operations():
         expected, loss = outer_gradient(options, device("cpu"), torch.float64)
     double, double_loss = outer_gradient(options, where, torch.float64)
-    single, single_loss = outer_gradient(options, where, torch.float32, before=WARM_UP)
+    single, single_loss = outer_gradient(options, where, torch.float32, before=WARM_UP if on_gpu(where) else 1)
     gradient_error, loss_error = relative_error(double, expected), abs(double_loss / loss - 1)
     float32_loss, float32_cosine = abs(single_loss / loss - 1), cosine(single, expected)
     right = gradient_error <= bounds.gradient and loss_error <= bounds.loss

@@ -1,6 +1,7 @@
 """`make check-gpu` on a CPU: every section is there, a defect fails, and what raises an exception is a line."""
 
 import json
+import logging
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def test_a_wrong_operation_fails_parity(tmp_path: Path) -> None:
     few = {name: cases.METHODS[name] for name in ("CxGrad", "MAML++")}
     with (
         mock.patch.object(cases, "METHODS", few),
+        mock.patch.object(cases, "HEADS", ["Ridge"]),
         mock.patch.object(networks, "conv_norm_activate", wrong),
         pytest.raises(SystemExit) as ended,
     ):
@@ -156,3 +158,30 @@ def test_a_variant_that_does_not_fit_in_memory_is_not_a_failure(monkeypatch: pyt
     monkeypatch.setattr(few_shot_learning_system.MAMLFewShotClassifier, "run_train_iter", full)
     (_, work), *_ = check_gpu.times(CPU)
     assert check_gpu.outcome_of(work, float("inf")).verdict == "not available"
+
+
+def test_a_killed_run_leaves_the_sections_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(where: torch.device) -> check_gpu.Checks:
+        yield "the first check", mock.Mock(side_effect=KeyboardInterrupt)
+
+    monkeypatch.setattr(check_gpu, "SECTIONS", {"environment": check_gpu.environment, "parity": killed})
+    with pytest.raises(KeyboardInterrupt):
+        lines_of(tmp_path, "--only", "environment", "parity")
+    assert list(recorded(tmp_path)) == ["environment"]
+
+
+@pytest.mark.parametrize(("captured", "verdict"), [(True, "FAILED"), (False, "measured")])
+def test_a_graph_that_is_not_captured_is_a_failure(
+    captured: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> check_gpu.Figures:
+        logging.getLogger("learner").warning("no CUDA graph: %s; going on without", "the reason")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(check_gpu, "milliseconds", refused)
+    monkeypatch.setattr(check_gpu, "is_option", lambda name: True)
+    monkeypatch.setattr(
+        check_gpu, "gradient_options", lambda where, cuda_graph, **more: cases.gradient_options(where, **more)
+    )
+    outcome = check_gpu.iteration_time(CPU, {"batch_size": 2}, captured, ours=True, benchmark=False)
+    assert outcome == (verdict, {"ms": 1.0}, "no CUDA graph: the reason; going on without")
