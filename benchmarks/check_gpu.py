@@ -444,6 +444,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank-to", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     where = choose_device(options.gpu)
+    if not on_gpu(where):
+        torch.set_num_threads(1)  # more would only wait for one another, so small are the networks
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; PyTorch reads it once only
     faulthandler.dump_traceback_later(60 * options.minutes, exit=True, file=2)  # a hang ends too
     try:
