@@ -11,11 +11,11 @@ READY := .venv/.requirements-installed
 BENCH ?= iteration evaluation head_training svm_head data augmentation explain
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test lint format bench bench-peers
+.PHONY: help demo test lint format bench bench-peers check-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; GPU=0 runs it on a GPU
 	@PYTHON="$(ENV_PYTHON)" bash experiment_scripts/demo.sh "$(or $(GPU),cpu)"
@@ -44,6 +44,9 @@ bench: $(READY) ## run the benchmarks and print their tables; BENCH=iteration AR
 
 bench-peers: $(READY)
 	"$(ENV_PYTHON)" benchmarks/peers.py
+
+check-gpu: $(READY) ## check the first GPU, or else the CPU; ARGS="--only parity waits" checks part of it
+	"$(ENV_PYTHON)" benchmarks/check_gpu.py $(ARGS)
 
 $(READY): requirements.txt
 	@stop() { echo "make: $$1" >&2; exit 1; }
