@@ -13,6 +13,8 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # says on Linux what a container may take
+
 
 def choose_device(gpu: str | None) -> torch.device:
     """Return the device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
@@ -89,8 +91,7 @@ def forget_peak(device: torch.device) -> None:
 def host_memory_gib() -> float:
     """Return how much memory this process and its like on other devices may take together, in GiB."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: control groups of version 2 or 1
-        file = Path("/sys/fs/cgroup") / name
+    for file in (CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory" / "memory.limit_in_bytes"):  # versions 2 and 1
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             limits.append(int(text))
     return min(limits) / 2**30
