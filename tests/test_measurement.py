@@ -42,11 +42,12 @@ def test_a_candidate_that_does_not_fit_in_memory_is_discarded(
     clock: Callable[[float], Callable[[], None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     def too_large() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
 
     with caplog.at_level(logging.INFO):
         assert fastest([("all", too_large), ("one", clock(3.0)), ("two", clock(1.0))], CPU, warm_up=1) == "two"
-    (line,) = [record.getMessage() for record in caplog.records]
+    reason, line = [record.getMessage() for record in caplog.records]
+    assert reason == "all is not possible: CUDA out of memory"
     assert line == "an iteration takes, by measurement: all failed, one 3.000 s, two 1.000 s; going on with two"
 
 

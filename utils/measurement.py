@@ -26,7 +26,7 @@ def fastest(candidates: Iterable[tuple[T, Callable[[], object]]], device: torch.
     """
     times: dict[T, int] = {}
     for candidate, run in candidates:
-        times[candidate] = distributed.largest(microseconds(run, device, warm_up))
+        times[candidate] = distributed.largest(microseconds(candidate, run, device, warm_up))
         if device.type == "cpu" and max(times.values()) < WORTH_IT:
             return None
     first, best = next(iter(times)), min(times, key=times.__getitem__)
@@ -36,14 +36,14 @@ def fastest(candidates: Iterable[tuple[T, Callable[[], object]]], device: torch.
     return chosen
 
 
-def microseconds(run: Callable[[], object], device: torch.device, warm_up: int) -> int:
-    """Return how long a call takes after `warm_up` calls; `FAILED` where one raises RuntimeError."""
+def microseconds(candidate: object, run: Callable[[], object], device: torch.device, warm_up: int) -> int:
+    """Return how long a call takes after `warm_up` calls; `FAILED`, and a message why, where one raises RuntimeError."""
     try:
         for _ in range(warm_up):
             run()
         return min(_timed(run, device) for _ in range(CALLS))
     except RuntimeError as error:
-        log.debug("discarded: %s", error)
+        log.info("%s is not possible: %s", candidate, str(error).partition("\n")[0])
         return FAILED
 
 
