@@ -37,7 +37,7 @@ def fastest(candidates: Iterable[tuple[T, Callable[[], object]]], device: torch.
 
 
 def microseconds(candidate: object, run: Callable[[], object], device: torch.device, warm_up: int) -> int:
-    """Return how long a call takes after `warm_up` calls; `FAILED`, and a message why, where one raises RuntimeError."""
+    """Return how long a call takes after `warm_up` calls; `FAILED`, with a message, where one raises RuntimeError."""
     try:
         for _ in range(warm_up):
             run()
