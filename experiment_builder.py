@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,9 @@ class Experiment:
             device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
             training = training_episodes(train_split, options, device, self.normalization)
             validation = evaluation_episodes(validation_split, options, device, self.normalization)
+            first_batch = partial(training.batch, tasks.start, len(tasks))
+            if not self.model.iterations_done and self.model.choose_form(first_batch):
+                self._save("latest")  # so that a run that is killed before its first save goes on in the same form
             self._write_logs()
             while len(self.history) < options.total_epochs:
                 self._train_epoch(training, tasks)

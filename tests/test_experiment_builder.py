@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from PIL import Image
 
 import data
 import experiment_builder
+import few_shot_learning_system
 import meta_test
 import test as test_entry
 from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
+from learner import Form
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -39,7 +41,8 @@ TINY = shlex.split(
     "--dataset_name toy --image_height 8 --image_width 8 --num_classes_per_set 2 --num_samples_per_class 1 "
     "--num_target_samples 2 --batch_size 2 --cnn_num_filters 4 --num_stages 2 --number_of_training_steps_per_iter 1 "
     "--number_of_evaluation_steps_per_iter 1 --contextual_grad true --num_context_params 3 --total_epochs 3 "
-    "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu"
+    "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu "
+    "--tasks_per_pass 1"  # of runs that are compared bit for bit each has to use the same, also on a busy machine
 )
 
 
@@ -239,6 +242,37 @@ def test_stopping_in_the_middle_of_an_epoch_saves_that_iteration(
     main(command(toy_data, tmp_path))
     assert history(tmp_path) == history(finished)
     assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
+
+
+def test_a_run_killed_before_its_first_save_goes_on_in_the_form_that_was_measured(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(forms: Iterable[tuple[Form, Any]], *_: Any, **__: Any) -> Form:
+        found = [form for form, run in forms if run() is None]
+        assert found == [(1, False), (2, False)]
+        return found[-1]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    free = command(toy_data, tmp_path / "measured")
+    del free[free.index("--tasks_per_pass") : free.index("--tasks_per_pass") + 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(few_shot_learning_system, "fastest", measured)
+        patch.setattr(MAMLFewShotClassifier, "run_train_iter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(free)
+    saved = checkpoints.load(folder_of(tmp_path / "measured") / "saved_models" / "latest")
+    assert saved["form"] == {"tasks_per_pass": 2, "captured": False} and saved["iterations_done"] == 0
+    monkeypatch.setattr(few_shot_learning_system, "fastest", killed)
+    main(free)
+    fixed = command(toy_data, tmp_path / "fixed")
+    fixed[fixed.index("--tasks_per_pass") + 1] = "2"
+    main(fixed)
+    weights = final_weights(tmp_path / "measured")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(tmp_path / "fixed").items())
+    losses = [[row["train_loss"] for row in history(tmp_path / name)] for name in ("measured", "fixed")]
+    assert losses[0] == losses[1]
 
 
 def test_a_damaged_latest_falls_back_to_the_newest_good_checkpoint(
