@@ -189,8 +189,8 @@ def scale_by_context(weights: Weights, names: Sequence[str], gammas: Tensor) -> 
     for name, gamma in zip(names, gammas.unbind(1), strict=True):
         weight = weights[name].flatten(1)  # (tasks, numel)
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        norm = norm.where(norm > 0, 1)  # zeros, such as a fresh bias, have no direction and stay zero
-        scaled[name] = (gamma.unsqueeze(1) * (weight / norm)).view_as(weights[name])
+        norm = norm + (norm == 0)  # zeros, such as a fresh bias, have no direction and stay zero
+        scaled[name] = (gamma.unsqueeze(1) / norm * weight).view_as(weights[name])
     return scaled
 
 
@@ -246,7 +246,8 @@ class GradientDescent(Rule):
         self.learning_rate = options.init_inner_loop_learning_rate
 
     def update(self, weights: Weights, gradients: Weights, state: State, step: int) -> Weights:
-        return {name: weights[name] - self.learning_rate * gradient for name, gradient in gradients.items()}
+        rate = -self.learning_rate
+        return {name: torch.add(weights[name], gradient, alpha=rate) for name, gradient in gradients.items()}
 
 
 @add_options

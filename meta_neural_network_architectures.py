@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from second_order_ops import Geometry, conv2d, conv_norm_activate, leaky_relu, max_pool_2x2
+from second_order_ops import EPS, Geometry, conv2d, conv_norm_activate, leaky_relu, max_pool_2x2
 from utils.errors import UserError
 from utils.options import Options, add_choice, add_plug_in
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
 
 LEAKY_RELU_SLOPE, RESNET_SLOPE = 0.01, 0.1  # of Conv4's activations; of ResNet-12's and R2D2Net's
-BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 
 
@@ -92,7 +91,7 @@ class TaskBatchNorm(nn.Module):
         super().__init__()
         rows = (settings.steps, channels) if settings.steps else (channels,)
         shape = (channels,) if settings.shared_weights else rows
-        self.per_step, self.keeps_statistics = bool(settings.steps), settings.tracked
+        self.channels, self.per_step = channels, bool(settings.steps)
         self.weights_per_step = self.per_step and not settings.shared_weights
         self.weight = nn.Parameter(torch.ones(shape), requires_grad=settings.learnable[0])
         self.bias = nn.Parameter(torch.zeros(shape), requires_grad=settings.learnable[1])
@@ -106,18 +105,10 @@ class TaskBatchNorm(nn.Module):
         weight, bias = (t[..., step, :] if per_step else t for t in (self.weight, self.bias))
         return weight.flatten(), bias.flatten()
 
-    def forward(self, x: Tensor, at: Pass) -> Tensor:
-        weight, bias = self.of_step(at.step)
-        if at.use_running:
-            mean, variance = (self.row(kind, at.step).flatten() for kind in ("running_mean", "running_var"))
-            return F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
-        if at.seen is None:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=BATCH_NORM_EPS)
-        mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)  # momentum 1 makes them the batch's own
-        out = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=BATCH_NORM_EPS)
-        channels = self.weight.shape[-1]
-        at.seen.append(BatchStatistics(self, at.step, mean.view(-1, channels), variance.view(-1, channels)))
-        return out
+    def by_running(self, x: Tensor, step: int) -> Tensor:
+        """Normalise maps by the running statistics of a step."""
+        mean, variance = (self.row(kind, step).flatten() for kind in ("running_mean", "running_var"))
+        return F.batch_norm(x, mean, variance, *self.of_step(step), eps=EPS)
 
     def row(self, kind: str, step: int) -> Tensor:
         """Return running statistics at a step."""
@@ -137,10 +128,15 @@ def conv_norm(
         y = norm(conv(x))
         y = F.max_pool2d(y, 2) if pool else y
         return y if slope == 1 else F.leaky_relu(y, slope, inplace=True)
-    if not norm.keeps_statistics:
-        return conv_norm_activate(x, *conv.grouped(), norm.weight.flatten(), norm.bias.flatten(), slope, pool)
-    y = norm(conv(x), at)
-    return leaky_relu(max_pool_2x2(y) if pool else y, slope)
+    if at.use_running:
+        y = norm.by_running(conv(x), at.step)
+        return leaky_relu(max_pool_2x2(y) if pool else y, slope)
+    seen: list[tuple[Tensor, Tensor]] = []
+    out = conv_norm_activate(x, *conv.grouped(), *norm.of_step(at.step), slope, pool, None if at.seen is None else seen)
+    if at.seen is not None:
+        mean, variance = (values.view(-1, norm.channels) for values in seen[0])
+        at.seen.append(BatchStatistics(norm, at.step, mean, variance))
+    return out
 
 
 class BatchStatistics(NamedTuple):
@@ -262,11 +258,11 @@ def build_embedding(image_shape: ImageShape, options: Options) -> nn.Module:
 
 
 def seen_by_tasks(network: nn.Module, tasks: int, buffers: bool) -> dict[str, Tensor]:
-    """Return the parameters, and the buffers if wanted, (tasks, ...): all tasks see the same, without a copy."""
+    """Return the parameters, and the buffers if wanted, once per task: (tasks, ...)."""
     tensors: dict[str, Tensor] = dict(network.named_parameters())
     if buffers:
         tensors |= dict(network.named_buffers())
-    return {name: tensor.expand(tasks, *tensor.shape) for name, tensor in tensors.items()}
+    return {name: tensor.expand(tasks, *tensor.shape).contiguous() for name, tensor in tensors.items()}
 
 
 class Conv4(Backbone):

@@ -25,17 +25,22 @@ da/dx = -a² n / N. The normalisation turns h into a (h - mean(h) - n mean(h n))
     dL/dg = w a (u[k] - U / N) + e n[k] + c      dL/dw = a T
     dL/dx = a (h - mean(h) - n (mean(h n) + w a T / N))
 
-where mean(h) = (e db - w a dw U / N) / N and mean(h n) = (e dw - w a dw P / N) / N. All passes over whole maps are two
-sums, one weighted sum of u, x and 1, and one placing of pooled values.
+where mean(h) = (e db - w a dw U / N) / N and mean(h n) = (e dw - w a dw P / N) / N.
 
-Pooling comes before the activation, which is increasing: the values and gradients are those of pooling after it. It
-also comes before the normalisation, whose slope w a may be negative: the caller turns the sign of such channels, in the
-convolution's weights and in w. Where values tie, the first in row order takes the gradient, as in `max_pool2d`.
+Pooling comes before the activation, which is increasing: the values and gradients are those of pooling after it. Where
+values tie, the first in row order takes the gradient, as in `max_pool2d`.
 
-Maps are channels-last on the CPU, where these kernels are 1.1 to 15 times faster that way, and contiguous elsewhere.
+A CPU is limited by the bytes that it moves: `NormActivate` is the whole block, maps are channels-last (these kernels
+are 1.1 to 15 times faster that way), and all passes over whole maps are two sums, one weighted sum of u, x and 1, and
+one placing of pooled values. Pooling comes before the normalisation too, whose slope w a may be negative: such channels
+change their sign, in the convolution's weights and in w. A GPU is limited by the number of calls on small maps: there
+batch norm, pooling and activation are functions of their own with PyTorch's kernels, each a call or two. With the
+projection R(z) = a (z - mean(z) - n mean(z n)), which is batch norm's gradient for w = 1, and k = -w a / N:
+
+    dL/dg = w R(u) + v n + c      dL/dw = Σ R(u) g = t      dL/dx = R(k dw u + (v + k P) g) + k t n
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -74,8 +79,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor) -> Tensor:
-    """View dense maps as one row of values per image."""
-    return (x.permute(0, 2, 3, 1) if on_cpu(x) else x).flatten(1)
+    """View dense maps as rows of values in which `max_pool2d` finds its places: one per image or, on a GPU, per map."""
+    return x.permute(0, 2, 3, 1).flatten(1) if on_cpu(x) else x.flatten(2)
 
 
 def per_channel(values: Tensor) -> Tensor:
@@ -148,7 +153,7 @@ class ConvolutionBackward(Function):
         return of_g, of_x, of_weight, None, None
 
 
-# --- batch norm, pooling and activation ----------------------------------------------------------------------------
+# --- a whole block -------------------------------------------------------------------------------------------------
 
 
 def conv_norm_activate(
@@ -160,17 +165,27 @@ def conv_norm_activate(
     bias: Tensor,
     slope: float = 1.0,
     pool: bool = False,
+    seen: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """A convolution, batch norm by the maps' own statistics, a 2x2 max-pool if wanted, and a leaky ReLU.
 
-    A slope of 1 is no activation.
+    A slope of 1 is no activation. Each channel's mean and unbiased variance are appended to `seen`.
     """
-    if pool:
+    sign = None
+    if pool and on_cpu(x):
         sign = torch.ones_like(weight).copysign_(weight.detach())
         conv_weight, weight = conv_weight * sign.view(-1, 1, 1, 1), weight * sign
         conv_bias = None if conv_bias is None else conv_bias * sign
     y = dense(conv2d(x, conv_weight, conv_bias, geometry))
-    out: Tensor = NormActivate.apply(y, weight, bias, slope, pool, torch.is_grad_enabled())
+    if on_cpu(x):
+        out, mean, scale = NormActivate.apply(y, weight, bias, slope, pool, torch.is_grad_enabled())
+    else:
+        out, mean, scale = BatchNorm.apply(y, weight, bias)
+        out = max_pool_2x2(out) if pool else out
+        out = out if slope == 1 else leaky_relu(out, slope)
+    if seen is not None:
+        n = y.numel() / y.shape[1]
+        seen.append((mean if sign is None else mean * sign, (scale**-2 - EPS) * (n / (n - 1))))
     return out
 
 
@@ -179,12 +194,12 @@ def weighted_sum(
 ) -> Tensor:
     """Return dense maps shift + Σ factor * map, where the shift and the factors are per channel.
 
-    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. The CPU does a few
-    images after the other, so that each stays in its cache.
+    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. A few images are done
+    after the other, so that each stays in the processor's cache.
     """
     first = terms[0][1]
     total = torch.empty_like(first)
-    images = max(CACHED // first[0].numel(), 1) if on_cpu(first) else len(first)
+    images = max(CACHED // first[0].numel(), 1)
     for start in range(0, len(first), images):
         part = slice(start, start + images)
         before, out = per_channel(shift), total[part]
@@ -200,7 +215,7 @@ def weighted_sum(
 
 
 def wide(x: Tensor) -> Tensor:
-    """View dense maps (n, C, H, W) of the CPU as (n, W*C, H, 1).
+    """View channels-last maps (n, C, H, W) as (n, W*C, H, 1).
 
     PyTorch adds up channels-last maps one by one, and the rounding error grows with the number of values per channel.
     """
@@ -208,41 +223,19 @@ def wide(x: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the biased variance of each channel of dense maps."""
-    if not on_cpu(x):
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        return mean, variance
+    """Return the mean and the biased variance of each channel of channels-last maps."""
     means, variances = (m.view(-1, x.shape[1]) for m in aten.batch_norm_update_stats(wide(x), None, None, 0.0))
     mean = means.mean(0)
     return mean, variances.add_((means - mean).square_()).mean(0)
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return per channel Σ g (x - mean) scale and Σ g of dense maps, in one pass over them."""
+    """Return per channel Σ g (x - mean) scale and Σ g of channels-last maps, in one pass over them."""
     wanted, channels = [False, True, True], g.shape[1]
-    if on_cpu(g):
-        mean, scale = (values.expand(g.shape[3], channels).flatten() for values in (mean, scale))
-        g, x = wide(g), wide(x)
-    dw, db = aten.native_batch_norm_backward(g, x, None, None, None, mean, scale, True, EPS, wanted)[1:]
-    return (dw.view(-1, channels).sum(0), db.view(-1, channels).sum(0)) if on_cpu(g) else (dw, db)
-
-
-def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the 2x2 max-pool of dense maps and where in its row of values each maximum is, one row per image."""
-    pooled, place = aten.max_pool2d_with_indices(x, [2, 2])
-    c, h, w = x.shape[1:]
-    if on_cpu(x):
-        return pooled, rows(torch.add(torch.arange(c).view(-1, 1, 1), place, alpha=c))
-    return pooled, rows(place + torch.arange(0, c * h * w, h * w, device=x.device).view(-1, 1, 1))
-
-
-def pick(x: Tensor, place: Tensor | None, like: Tensor) -> Tensor:
-    """Return the values of dense maps at the places that `largest` found, in the shape of `like`."""
-    if place is None:
-        return x
-    n, c, h, w = like.shape
-    values = rows(x).gather(1, place)
-    return values.view(n, h, w, c).permute(0, 3, 1, 2) if on_cpu(x) else values.view_as(like)
+    mean, scale = (values.expand(g.shape[3], channels).flatten() for values in (mean, scale))
+    found = aten.native_batch_norm_backward(wide(g), wide(x), None, None, None, mean, scale, True, EPS, wanted)
+    dw, db = (per_column.view(-1, channels).sum(0) for per_column in found[1:])
+    return dw, db
 
 
 class NormActivate(Function):
@@ -256,6 +249,7 @@ class NormActivate(Function):
         pool: bool,
         graph: bool,
     ) -> Any:
+        """`graph`: whether the caller records one; inside a function that cannot be seen."""
         graph = graph and any(ctx.needs_input_grad)
         mean, variance = moments(x)
         scale = (variance + EPS).rsqrt_()
@@ -267,10 +261,14 @@ class NormActivate(Function):
         if graph:
             ctx.save_for_backward(x, weight, mean, scale, pooled, place, out if slope != 1 else None)
             ctx.slope = slope
-        return out
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.set_materialize_grads(False)
+        return out, mean, scale
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 6
         x, weight, *saved = ctx.saved_tensors
         found = NormActivateBackward.apply(g, x, weight, *saved, ctx.slope, ctx.needs_input_grad[0])
         return *found, None, None, None
@@ -313,7 +311,7 @@ class NormActivateBackward(Function):
         g, x, weight, mean, scale, pooled, place, out, dw, db = ctx.saved_tensors
         u = torch.zeros_like(x) if u is None else dense(u)
         n = x.numel() / x.shape[1]
-        at_places = pick(u, place, pooled)
+        at_places = u if place is None else pick(u, place, pooled.shape)
         p, s = sums(u, x, mean, scale)
         t = sums(g, at_places, torch.zeros_like(mean), torch.ones_like(mean))[0]
         t = t.add_(torch.addcmul(db * s, dw, p), alpha=-1 / n)
@@ -337,60 +335,131 @@ class NormActivateBackward(Function):
         return of_g, of_x, scale * t, *(None,) * 7
 
 
-# --- pooling and activation alone ----------------------------------------------------------------------------------
+# --- batch norm, pooling and activation alone ----------------------------------------------------------------------
+
+
+class BatchNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        y, mean, scale = aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, EPS)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.set_materialize_grads(False)
+        return y, mean, scale
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> Any:
+        return (None,) * 3 if g is None else BatchNormBackward.apply(g, *ctx.saved_tensors)
+
+
+class BatchNormBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor) -> Any:
+        g = dense(g)
+        dx, dw, db = normalised(g, x, weight, mean, scale)
+        ctx.save_for_backward(g, x, weight, mean, scale, dw)
+        ctx.set_materialize_grads(False)
+        return dx, dw, db
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, c: Tensor | None) -> tuple[Any, ...]:
+        g, x, weight, mean, scale, dw = ctx.saved_tensors
+        u = torch.zeros_like(x) if u is None else dense(u)
+        projected, p, _ = normalised(u, x, None, mean, scale)
+        t = (projected * g).sum((0, 2, 3))
+        of_g = projected.mul_(per_channel(weight))
+        if v is not None or c is not None:
+            of_g += aten.native_batch_norm(
+                x, torch.zeros_like(weight) if v is None else v, c, None, None, True, 0.0, EPS
+            )[0]
+        k = weight * scale * (-x.shape[1] / x.numel())
+        e = k * p if v is None else torch.addcmul(v, k, p)
+        h = torch.addcmul(per_channel(e) * g, per_channel(k * dw), u)
+        of_x = normalised(h, x, None, mean, scale)[0]
+        of_x += aten.native_batch_norm(x, k * t, None, None, None, True, 0.0, EPS)[0]
+        return of_g, of_x, t, None, None
+
+
+def normalised(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return batch norm's gradients by the maps x, its weight and its bias."""
+    gradients: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(
+        g, x, weight, None, None, mean, scale, True, EPS, [True, True, True]
+    )
+    return gradients
+
+
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 2x2 max-pool of dense maps and where in `rows` each maximum is."""
+    pooled, place = aten.max_pool2d_with_indices(x, [2, 2])
+    if on_cpu(x):
+        channels = x.shape[1]
+        place = torch.add(torch.arange(channels).view(-1, 1, 1), place, alpha=channels)
+    return pooled, rows(place)
+
+
+def pick(x: Tensor, place: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the values of dense maps at the places that `largest` found, as maps of a shape."""
+    n, c, h, w = shape
+    values = rows(x).gather(-1, place)
+    return values.view(n, h, w, c).permute(0, 3, 1, 2) if on_cpu(x) else values.view(shape)
 
 
 def max_pool_2x2(x: Tensor) -> Tensor:
     """Halve maps by the maximum of each 2x2 square; an odd last row or column is left out."""
     x = dense(x)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.max_pool2d(x, 2)
-    with torch.no_grad():
-        pooled, place = largest(x)
-    return Pick.apply(x, place, pooled)
+    pooled: Tensor = MaxPool.apply(x) if torch.is_grad_enabled() and x.requires_grad else F.max_pool2d(x, 2)
+    return pooled
 
 
-class Pick(Function):
-    """The values of maps at given places; and its adjoint, `Place`. Both are linear."""
-
+class MaxPool(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, like: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        pooled, place = largest(x)
         ctx.save_for_backward(place)
         ctx.shape = x.shape
-        return pick(x, place, like)
+        return pooled
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return Place.apply(g, *ctx.saved_tensors, ctx.shape), None, None
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return Place.apply(g, *ctx.saved_tensors, ctx.shape)
 
 
 class Place(Function):
+    """Pooled values put where they were found, zeros elsewhere; linear, with picking as its adjoint."""
+
     @staticmethod
     def forward(ctx: Any, g: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
-        ctx.save_for_backward(place, g)
+        ctx.save_for_backward(place)
+        ctx.shape = g.shape
         maps = dense(g.new_zeros(shape))
-        rows(maps).scatter_(1, place, rows(dense(g)))
+        rows(maps).scatter_(-1, place, rows(dense(g)))
         return maps
 
     @staticmethod
+    @last_derivative
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-        return Pick.apply(dense(u), *ctx.saved_tensors), None, None
+        (place,) = ctx.saved_tensors
+        return pick(dense(u), place, ctx.shape), None, None
 
 
 def leaky_relu(x: Tensor, slope: float) -> Tensor:
     """The leaky ReLU, whose second derivative is zero and costs nothing."""
-    out: Tensor = LeakyReLU.apply(x, F.leaky_relu(x.detach(), slope), slope)
+    out: Tensor = LeakyReLU.apply(x, None, slope)
     return out
 
 
 class LeakyReLU(Function):
-    """Multiply x by 1 or `slope`, by the sign of `out`; linear in x, so its own adjoint."""
+    """The activation of x; or, by the signs of its values `out`, its gradient x, which is its own adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(out)
+    def forward(ctx: Any, x: Tensor, out: Tensor | None, slope: float) -> Tensor:
+        made = F.leaky_relu(x, slope) if out is None else aten.leaky_relu_backward(x, out, slope, True)
+        ctx.save_for_backward(made if out is None else out)
         ctx.slope = slope
-        return aten.leaky_relu_backward(x, out, slope, True)
+        return made
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:

@@ -10,13 +10,10 @@ Prints one table and writes it to benchmarks/results/.
 """
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from augmentation import JITTER, augment, draw  # noqa: E402
-from benchmarks.iteration import machine  # noqa: E402
-from utils.devices import keep_freed_memory  # noqa: E402
-from utils.tables import aligned  # noqa: E402
+from benchmarks.common import Row, command_line, compare, finish, start, timed  # noqa: E402
 
 TASKS = 8
-CASES = ((32, 4, 55), (84, 8, 105))  # pixels, padding, images of a task
+CASES = {32: (4, 55), 84: (8, 105)}  # pixels -> padding, images of a task
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)  # of CIFAR-FS; any will do
 
 
@@ -67,27 +62,18 @@ def our_way(images: np.ndarray, padding: int, device: torch.device) -> dict[str,
     return {"augmented": augmented, "normalised": lambda: augmented().div_(255).sub_(mean).div_(std)}
 
 
-def measure(size: int, padding: int, images_per_task: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two rows of the table."""
-    device = torch.device(options.device)
-    images = textures(TASKS * images_per_task, size)
-    official, ours = torchvision_way(images, padding), our_way(images, padding, device)
-    rows = []
-    for result in official:
-        times = np.array(
-            [[seconds(way[result], device) for way in (official, ours)] for _ in range(options.rounds + 1)][1:]
-        )
-        ratios = np.sort(times[:, 0] / times[:, 1])
-        rows.append(
-            {
-                "pixels": size,
-                "images": len(images),
-                "result": result,
-                "torchvision_ms": round(1000 * statistics.median(times[:, 0]), 2),
-                "ours_ms": round(1000 * statistics.median(times[:, 1]), 2),
-                "torchvision_over_ours": [round(float(r), 1) for r in (ratios[0], np.median(ratios), ratios[-1])],
-            }
-        )
+def measure(size: int, padding: int, images_per_task: int, options: argparse.Namespace) -> list[Row]:
+    """Return four rows of the table: each result in both ways."""
+    images, rows = textures(TASKS * images_per_task, size), []
+    ours, theirs = our_way(images, padding, torch.device(options.device)), torchvision_way(images, padding)
+    for result in ours:
+        case = {"result": result, "pixels": size, "images": len(images)}
+        ways = {
+            name: partial(timed, way[result], options.device, warm_up=0, repetitions=1)
+            for name, way in (("ours", ours), ("torchvision", theirs))
+        }
+        compare(case, ways, rounds=1)  # warms up
+        rows += compare(case, ways, options.rounds, count="images", of=len(images))
     return rows
 
 
@@ -99,36 +85,13 @@ def textures(images: int, size: int) -> np.ndarray:
     return (255 * smooth + random.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="[%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU [%(default)s]")
+    parser = command_line(__doc__, threads=1)
     parser.add_argument("--rounds", type=int, default=15, help="[%(default)s]")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as in training
-    where = machine(options.device)
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    rows = [row for case in CASES for row in measure(*case, options)]
-    table = [["result", "pixels", "images", "torchvision ms", "ours ms", "torchvision/ours"]]
-    for row in rows:
-        lowest, median, highest = row["torchvision_over_ours"]
-        cells = (row[name] for name in ("result", "pixels", "images", "torchvision_ms", "ours_ms"))
-        table.append([*cells, f"{median} ({lowest} .. {highest})"])
-    print(*aligned(table), sep="\n")
-    kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
-    file = ROOT / "benchmarks" / "results" / f"augmentation_{kind}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"machine": where, "settings": vars(options), "rows": rows}, indent=2) + "\n")
-    print(f"written to {file.relative_to(ROOT)}")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=CASES, default=list(CASES), help="pixels [%(default)s]")
+    options = start(parser)
+    rows = [row for size in options.sizes for row in measure(size, *CASES[size], options)]
+    finish("augmentation", options, {f"Augmentation of {TASKS} episodes": rows})
 
 
 if __name__ == "__main__":

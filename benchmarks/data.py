@@ -1,26 +1,23 @@
 """Episodes from the warm cache against opening each JPEG anew, and what it takes to build the cache.
 
-python benchmarks/data.py                a minute or two, 300 MB of temporary files
+python benchmarks/data.py                some three minutes, 1 GB of temporary files
 
-Episodes are 5-way 5-shot with 15 queries at 84x84. The official way opens, decodes and resizes the 100 files of each;
-ours is `data.Episodes.batch`. They take turns in one process, on the same tasks, with all files in the system's memory
-(which favours the official way). The images are synthetic textures: as JPEGs of 500x375 pixels, quality 90 (some
-80 kB), and as JPEGs that have 84x84 already. The cache is built with one process for each core, in a process of its own
-whose peak memory is measured (Linux); builds from many small images show whether it grows with their number.
-Prints three tables and writes them to benchmarks/results/.
+Episodes are 5-way 5-shot with 15 queries. The official way opens, decodes and resizes the 100 files of each; ours is
+`data.Episodes.batch`. They take turns in one process, on the same tasks, with all files in the system's memory (which
+favours the official way). Made-up images are textures: as JPEGs of 500x375 pixels, quality 90 (some 80 kB), and as
+JPEGs that have 84x84 already; real ones come from the archives in --archives, where they are. The cache is built with
+one process for each core, in a process of its own whose peak memory is measured (Linux); builds from many small images
+show whether it grows with their number. Prints two tables and writes them to benchmarks/results/.
 """
 
 import argparse
-import json
 import re
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +26,20 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.iteration import machine  # noqa: E402
+from benchmarks.common import Row, attempt, command_line, compare, finish, run_child, start, timed  # noqa: E402
 from data import Episodes  # noqa: E402
-from utils.devices import keep_freed_memory  # noqa: E402
+from preprocess.preprocess import prepare  # noqa: E402
 from utils.image_cache import open_split  # noqa: E402
 from utils.images import list_classes  # noqa: E402
-from utils.tables import aligned  # noqa: E402
 
-SHAPE = (3, 84, 84)
 WAY, SHOT, QUERY = 5, 5, 15
-SOURCES = {"500x375": (500, 375, 40), "84x84": (84, 84, 40)}  # width, height, images in each of 20 classes
-SMALL = {"10000 of 16x16": (16, 16, 500), "40000 of 16x16": (16, 16, 2000)}  # to see the memory grow, if it did
+SOURCES = {  # width, height, pixels of the cache, images in each of 20 classes
+    "500x375": (500, 375, 84, 40),
+    "84x84": (84, 84, 84, 40),
+    "10000 of 16x16": (16, 16, 16, 500),  # the last two: to see the memory grow, if it did
+    "40000 of 16x16": (16, 16, 16, 2000),
+}
+ARCHIVES = {"CIFAR_FS": ("cifar100.zip", 32), "tiny_tiered_64": ("tiny_tiered_64.zip", 64)}
 TIERED = 780_000  # images of tieredImageNet
 
 
@@ -68,102 +68,84 @@ def _texture(random: np.random.Generator, height: int, width: int) -> np.ndarray
     return (128 + total + random.normal(0, 4, total.shape)).clip(0, 255).astype(np.uint8)
 
 
-def official_episode(files: list[Path], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def official_episode(files: list[Path], pixels: int, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(images, C, H, W), normalised: each file opened, decoded and resized."""
     arrays = []
     for file in files:
-        image = Image.open(file).convert("RGB").resize(SHAPE[2:0:-1], Image.Resampling.LANCZOS)
+        image = Image.open(file).convert("RGB").resize((pixels, pixels), Image.Resampling.LANCZOS)
         arrays.append(np.asarray(image, np.float32) / 255)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).sub(mean).div(std)
 
 
-def sample(folder: Path, name: str, episodes: int) -> dict[str, Any]:
-    """Milliseconds of an episode in both ways."""
-    split = open_split(folder, name, "train", SHAPE)
+def sample(folder: Path, name: str, pixels: int, episodes: int) -> list[Row]:
+    """Return a row for each of the two ways to make an episode, in turns on the same tasks."""
+    shape = (3, pixels, pixels)
+    split = open_split(folder, name, "train", shape)
     listing = list_classes(folder / name / "train")
     source = Episodes(split, WAY, SHOT, QUERY, 0, split.mean, split.std, torch.device("cpu"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (split.mean, split.std))
-    seconds = []
-    for task in range(-1, episodes):  # the first one warms up and compares
-        start = time.perf_counter()
-        files = [listing.root / listing.files[row] for row in source.indices(max(task, 0)).ravel()]
-        official = official_episode(files, mean, std)
-        middle = time.perf_counter()
-        batch = source.batch(max(task, 0), 1)
-        seconds.append((middle - start, time.perf_counter() - middle))
-        if task < 0:
-            ours = torch.cat([batch.x_support, batch.x_target], dim=2).view_as(official)
-            torch.testing.assert_close(ours, official, atol=1e-5, rtol=0)
-    ratios = sorted(theirs / own for theirs, own in seconds[1:])
-    official_ms, our_ms = (1000 * statistics.median(column) for column in zip(*seconds[1:], strict=True))
-    return {
-        "files": name,
-        "official_ms": round(official_ms, 2),
-        "ours_ms": round(our_ms, 3),
-        "official_over_ours": [round(r, 1) for r in (ratios[0], statistics.median(ratios), ratios[-1])],
-    }
+
+    def official(task: int) -> torch.Tensor:
+        files = [listing.root / listing.files[row] for row in source.indices(task).ravel()]
+        return official_episode(files, pixels, mean, std)
+
+    batch = source.batch(0, 1)
+    ours = torch.cat([batch.x_support, batch.x_target], dim=2).view(-1, *shape)
+    torch.testing.assert_close(ours, official(0), atol=1e-5, rtol=0)
+    tasks = {"ours": iter(range(episodes)), "official": iter(range(episodes))}
+    ways = {"ours": lambda: source.batch(next(tasks["ours"]), 1), "official": lambda: official(next(tasks["official"]))}
+    variants = {variant: partial(timed, way, "cpu", warm_up=0, repetitions=1) for variant, way in ways.items()}
+    rows = compare({"files": name, "pixels": pixels}, variants, episodes)
+    return [{column: value for column, value in row.items() if column != "peak_gib"} for row in rows]
 
 
-def build(folder: Path, name: str, size: int) -> dict[str, float]:
+def build(_: argparse.Namespace, folder: str, name: str, pixels: int) -> Row:
     """Rate of building the cache in this process, and the most MB that it and the largest of its workers held."""
-    start = time.perf_counter()
-    images = len(open_split(folder, name, "train", (3, size, size)).images)
-    seconds = time.perf_counter() - start
+    begin = time.perf_counter()
+    images = len(open_split(Path(folder), name, "train", (3, pixels, pixels)).images)
+    seconds = time.perf_counter() - begin
     own = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])  # kB
     return {
         "images": images,
-        "images_per_second": round(images / seconds, 1),
-        "projected_minutes": round(TIERED * seconds / images / 60, 1),
-        "process_mb": round(own / 1024, 1),
-        "worker_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1),
+        "images_per_second": images / seconds,
+        "projected_minutes": TIERED * seconds / images / 60,
+        "process_mb": own / 1024,
+        "worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
 
 
-def build_apart(folder: Path, name: str, size: int) -> dict[str, Any]:
-    """`build` in a fresh process."""
-    child = [sys.executable, __file__, "--child", f"{folder},{name},{size}"]
-    return {"files": name, **json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)}
+def built(folder: Path, name: str, pixels: int, extra: Row) -> list[Row]:
+    """Return a row of `build` in a fresh process, with what is known beside it."""
+    case = {"files": name, "pixels": pixels, **extra}
+    return attempt(lambda: [case | run_child(str(folder), name, pixels)], case)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, threads=1)
     parser.add_argument("--episodes", type=int, default=25, help="of each way [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for episodes [%(default)s]")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        folder, name, size = options.child.split(",")
-        print(json.dumps(build(Path(folder), name, int(size))))
-        return
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as in training
-    where = machine("cpu")
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    parser.add_argument("--archives", type=Path, default=ROOT.parent / "shared" / "data", help="[../shared/data]")
+    parser.add_argument("--images", type=int, help="of each class that is made up; default: as many as said above")
+    options = start(parser, build)
+    builds: list[Row] = []
+    episodes: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        tables = measure(Path(temporary), options.episodes)
-    settings = {name: value for name, value in vars(options).items() if name != "child"}
-    file = ROOT / "benchmarks" / "results" / "data_cpu.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"machine": where, "settings": settings, **tables}, indent=2) + "\n")
-    print(f"written to {file.relative_to(ROOT)}")
-
-
-def measure(folder: Path, episodes: int) -> dict[str, list[dict[str, Any]]]:
-    """Measure everything, print the tables and return them."""
-    tables: dict[str, list[dict[str, Any]]] = {"builds": [], "episodes": [], "memory": []}
-    for name, layout in SOURCES.items():
-        kilobytes = write_jpegs(folder / name / "train", *layout)
-        tables["builds"].append(build_apart(folder, name, 84) | {"file_kb": round(kilobytes, 1)})
-    for name, layout in SMALL.items():
-        write_jpegs(folder / name / "train", *layout)
-        tables["memory"].append(build_apart(folder, name, 16))
-    tables["episodes"] = [sample(folder, name, episodes) for name in SOURCES]
-    print(f"building caches; projected_minutes are for {TIERED:,} images")
-    for name in ("builds", "memory"):
-        print(*aligned([list(tables[name][0]), *(list(row.values()) for row in tables[name])]), sep="\n")
-    print("episodes from the warm cache; lowest, median and highest ratio")
-    print(*aligned([list(tables["episodes"][0]), *(list(row.values()) for row in tables["episodes"])]), sep="\n")
-    return tables
+        folder = Path(temporary)
+        for name, (width, height, pixels, each) in SOURCES.items():
+            kilobytes = write_jpegs(folder / name / "train", width, height, options.images or each)
+            builds += built(folder, name, pixels, {"file_kb": kilobytes})
+            if pixels > 16:
+                episodes += attempt(partial(sample, folder, name, pixels, options.episodes), {"files": name})
+        for name, (archive, pixels) in ARCHIVES.items():
+            if (options.archives / archive).exists():
+                begin = time.perf_counter()
+                (folder / archive).symlink_to((options.archives / archive).resolve())
+                prepare(name, folder)
+                builds += built(folder, name, pixels, {"archive_seconds": time.perf_counter() - begin})
+                episodes += attempt(partial(sample, folder, name, pixels, options.episodes), {"files": name})
+    finish("data", options, {
+        f"Building the cache; projected minutes are for {TIERED:,} images": builds,
+        f"Episodes from the warm cache, {WAY}-way {SHOT}-shot, {QUERY} queries": episodes,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Milliseconds of SVM-CS, forward and backward, by our solver and by qpth, and how far each is from the solution.
+"""Seconds of SVM-CS, forward and backward, by our solver and by qpth, and how far each is from the solution.
 
 python benchmarks/svm_head.py                       8 tasks, 5-way 1-, 5- and 15-shot, 640 and 2560 dimensions
 python benchmarks/svm_head.py --device cuda
@@ -14,10 +14,10 @@ only if it satisfies the rest of them.
 """
 
 import argparse
-import json
-import statistics
+import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.iteration import machine  # noqa: E402
+from benchmarks.common import Failed, Row, attempt, command_line, compare, finish, start, synchronise  # noqa: E402
 from classification_heads import ClassificationHead, one_hot_of_ranks  # noqa: E402
 from qp_solvers import crammer_singer, solve  # noqa: E402
-from utils.devices import keep_freed_memory  # noqa: E402
-from utils.tables import aligned  # noqa: E402
 
 TASKS, WAY, QUERY, C = 8, 5, 6, 0.1  # as in MetaOptNet's training; queries per class
 KINDS = {"apart": (1.0, 0.5), "mixed": (0.3, 1.0), "positive": (0.3, 0.6)}  # size of class means, of noise
@@ -69,22 +67,16 @@ def episodes(kind: str, shot: int, dim: int, device: str) -> Data:
 
 
 def run(data: Data, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
-    """Logits, gradient of the support, and milliseconds."""
+    """Logits, gradient of the support, and seconds."""
     query, support = (t.clone().requires_grad_() for t in (data.query, data.support))
     head = ClassificationHead("SVM-CS").to(query.device)
-    synchronise(query)
-    start = time.perf_counter()
+    synchronise(query.device)
+    begin = time.perf_counter()
     logits = head(query, support, data.labels, WAY, support.shape[1] // WAY, C_reg=C, **options)
     (logits * data.weight).sum().backward()
-    synchronise(query)
-    milliseconds = 1000 * (time.perf_counter() - start)
+    synchronise(query.device)
     assert support.grad is not None
-    return logits.detach(), support.grad, milliseconds
-
-
-def synchronise(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize()
+    return logits.detach(), support.grad, time.perf_counter() - begin
 
 
 def exact(data: Data) -> tuple[Tensor, Tensor]:
@@ -122,7 +114,7 @@ def dense(
     dual = held + moved
     multipliers = one_hot.flatten() - hessian @ dual - nu @ sums
     if bool((dual > upper + 1e-11).any() or (multipliers[~free] < -1e-9).any()):
-        raise SystemExit("the reference violates the optimality conditions: no exact solution to compare with")
+        raise Failed("the reference violates the optimality conditions: no exact solution to compare with")
     dual = dual.view(n, WAY)
     towards = support @ query.T @ weight  # gradient with respect to the dual
     v = solve(towards.flatten(), torch.zeros(n, dtype=kernel.dtype))[0].view(n, WAY)
@@ -130,63 +122,38 @@ def dense(
     return query @ support.T @ dual, by_kernel + dual @ weight.T @ query
 
 
-def measure(kind: str, shot: int, dim: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table: the solvers in turns."""
+def measure(kind: str, shot: int, dim: int, options: argparse.Namespace) -> list[Row]:
+    """Return a row for each solver, in turns."""
     data = episodes(kind, shot, dim, options.device)
     logits, gradient = exact(data)
-    row: dict[str, Any] = {"kind": kind, "shot": shot, "dim": dim}
-    times: dict[str, list[float]] = {name: [] for name in SOLVERS}
-    for name, settings in SOLVERS.items():  # also the warm-up
-        ours, ours_gradient, _ = run(data, settings)
-        row[f"{name}_logits_error"] = relative_error(ours, logits)
-        row[f"{name}_gradient_error"] = relative_error(ours_gradient, gradient)
-    for _ in range(options.rounds):
-        for name, settings in SOLVERS.items():
-            times[name].append(run(data, settings)[2])
-    for name, found in times.items():
-        row[f"{name}_ms"] = round(statistics.median(found), 3)
-    for name in ("qpth32", "qpth64"):
-        ratios = [slow / fast for slow, fast in zip(times[name], times["structured"], strict=True)]
-        row[f"{name}_over_structured"] = round(statistics.median(ratios), 1)
-    return row
+
+    def once(settings: dict[str, Any]) -> Row:
+        found, found_gradient, seconds = run(data, settings)
+        errors = {"logits_error": error(found, logits), "gradient_error": error(found_gradient, gradient)}
+        return {"seconds": seconds, **errors}
+
+    solvers = {name: partial(once, settings) for name, settings in SOLVERS.items()}
+    case = {"embeddings": kind, "shot": shot, "dim": dim}
+    compare(case, solvers, rounds=1)  # warms up
+    return compare(case, solvers, options.rounds)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error relative to the largest entry."""
     return float((found.double().cpu() - expected).abs().max() / expected.abs().max())
 
 
-COLUMNS = ["embeddings", "shot", "dim", *(f"{name} ms" for name in SOLVERS), "qpth32/ours", "qpth64/ours"]
-COLUMNS += [f"{name} errors" for name in SOLVERS]  # of the logits and of the support's gradient
-
-
-def cells(row: dict[str, Any]) -> list[object]:
-    ratios = [row[f"{name}_over_structured"] for name in ("qpth32", "qpth64")]
-    errors = [f"{row[f'{name}_logits_error']:.0e} {row[f'{name}_gradient_error']:.0e}" for name in SOLVERS]
-    return [row["kind"], row["shot"], row["dim"], *(row[f"{name}_ms"] for name in SOLVERS), *ratios, *errors]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser = command_line(__doc__, threads=1)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 15])
     parser.add_argument("--dims", type=int, nargs="+", default=[640, 2560])
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU [%(default)s]")
     parser.add_argument("--rounds", type=int, default=9, help="[%(default)s]")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.device == "cpu":
-        keep_freed_memory()  # for all solvers, as in training
-
-    where = machine(options.device)
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print(f"SVM-CS, {TASKS} tasks, {WAY}-way, {QUERY} queries per class, {options.threads} threads, forward + backward")
-    rows = [measure(kind, shot, dim, options) for dim in options.dims for shot in options.shots for kind in KINDS]
-    print(*aligned([COLUMNS, *map(cells, rows)]), sep="\n")
-    kind = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
-    file = ROOT / "benchmarks" / "results" / f"svm_head_{kind}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"machine": where, "settings": vars(options), "rows": rows}, indent=2) + "\n")
-    print(f"written to {file.relative_to(ROOT)}")
+    options = start(parser)
+    rows: list[Row] = []
+    for kind, shot, dim in itertools.product(KINDS, options.shots, options.dims):
+        case = {"embeddings": kind, "shot": shot, "dim": dim}
+        rows += attempt(partial(measure, kind, shot, dim, options), case)
+    finish("svm_head", options, {f"SVM-CS, {TASKS} tasks, {WAY}-way, {QUERY} queries per class": rows})
 
 
 if __name__ == "__main__":

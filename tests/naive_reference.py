@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def naive_loss(model: Any, batch: tuple[Tensor, ...], steps: int, contextual: bool) -> Tensor:
-    """Second-order loss of a meta-batch, written from the papers' formulas."""
+def naive_loss(
+    model: Any, batch: tuple[Tensor, ...], steps: int, contextual: bool, second_order: bool = True
+) -> Tensor:
+    """Return the loss of a meta-batch by the papers' formulas; without `second_order` as a test needs it, no graph."""
     net = dict(model.classifier.named_parameters())
     convs = [net[f"layer_dict.conv{i}.conv.weight"] for i in range(model.classifier.stages)]
     norms = [(net[f"layer_dict.conv{i}.norm_layer.{k}"]) for i in range(len(convs)) for k in ("weight", "bias")]
@@ -36,8 +38,9 @@ def naive_loss(model: Any, batch: tuple[Tensor, ...], steps: int, contextual: bo
         for _ in range(steps):
             w = scaled(w, c) if contextual else w
             wanted = [*w, c] if contextual else w
-            grads = torch.autograd.grad(F.cross_entropy(logits(w, xs), ys), wanted, create_graph=True)
+            grads = torch.autograd.grad(F.cross_entropy(logits(w, xs), ys), wanted, create_graph=second_order)
             c = c - context_rate * grads[-1] if contextual else c
             w = [v - model.options.init_inner_loop_learning_rate * g for v, g in zip(w, grads, strict=False)]
-        total = total + F.cross_entropy(logits(w, xq), yq) / len(batch[0])
+        with torch.set_grad_enabled(second_order):
+            total = total + F.cross_entropy(logits(w, xq), yq) / len(batch[0])
     return total

@@ -70,7 +70,7 @@ class StandIn(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.forbid, self.calls, self.waits = False, Counter[str](), list[str]()
+        self.forbid, self.inside, self.calls, self.waits = False, False, Counter[str](), list[str]()
 
     def wait(self, what: str) -> None:
         self.waits.append(what)
@@ -93,8 +93,16 @@ class StandIn(FakeTensorMode):
                 self.wait(f"{base} by a mask or by indices on the host")
         if base in ("_to_copy", "copy_"):
             self.check_copy(base, args, kwargs)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if base.split("::")[-1] not in LAUNCHES_NOTHING and (here or any(map(on_cuda, tree_leaves(result)))):
+        outer, self.inside = self.inside, True  # what shapes are derived from by decomposition is one call on a GPU
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.inside = outer
+        if (
+            not self.inside
+            and base.split("::")[-1] not in LAUNCHES_NOTHING
+            and (here or any(map(on_cuda, tree_leaves(result))))
+        ):
             self.calls[base] += 1
         return result
 

@@ -100,10 +100,10 @@ def test_a_closed_form_head_on_a_gradient_trained_body_never_waits() -> None:
 
 
 def test_a_published_cxgrad_iteration_keeps_to_its_budget_of_calls() -> None:
-    """Both tasks of a meta-batch in one pass, five inner steps. The aim is 2,800; 3,899 were counted."""
+    """Both tasks of a meta-batch in one pass, five inner steps: 2,228 calls were counted, Adam's included."""
     options = Options.from_mapping({"contextual_grad": True, "batch_size": 2})
     _, training, _ = iterate(options)
-    assert training <= 3950
+    assert training <= 2250
 
 
 def test_the_stand_in_notices_values_hosts_and_copies() -> None:
