@@ -93,7 +93,8 @@ class Experiment:
             self._write_logs()
             while len(self.history) < options.total_epochs:
                 self._train_epoch(training, tasks)
-                self._finish_epoch(score(*query_logits(self.model, validation, options, "validation")))
+                (logits,), labels = query_logits([self.model], validation, options, "validation")
+                self._finish_epoch(score(logits, labels))
 
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.

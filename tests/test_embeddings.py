@@ -222,6 +222,7 @@ def test_evaluation_gives_the_same_features_whether_gradients_are_kept_or_not(
     model = network((3, size, size), SMALL).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             for tensor in (module.weight, module.bias, module.running_mean):
                 nn.init.normal_(tensor)
             nn.init.uniform_(module.running_var, 0.1, 2)

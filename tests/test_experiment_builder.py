@@ -454,6 +454,35 @@ def test_going_on_and_testing_read_each_checkpoint_once(
     assert read and len(read) == len(set(read)), read
 
 
+def test_all_checkpoints_of_a_test_score_a_task_that_is_made_once(
+    finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (folder_of(tmp_path) / "logs" / "test_summary.json").unlink()
+    made: list[tuple[int, int]] = []
+    loaded: list[Path] = []
+    batch, load = Episodes.batch, MAMLFewShotClassifier.load_state
+
+    def note_batch(self: Episodes, first: int, tasks: int) -> data.Batch:
+        made.append((first, tasks))
+        return batch(self, first, tasks)
+
+    def note_load(self: MAMLFewShotClassifier, state: Any, path: Path, **more: Any) -> None:
+        loaded.append(path)
+        load(self, state, path, **more)
+
+    monkeypatch.setattr(Episodes, "batch", note_batch)
+    monkeypatch.setattr(MAMLFewShotClassifier, "load_state", note_load)
+    words = ["--evaluate_on_test_set_only", "true", "--test_batch_size", "2", "--test_shots", "1,2"]
+    main(command(toy_data, tmp_path, *words))
+    assert made == [(0, 2), (2, 2), (4, 1)] * 2
+    assert len(loaded) == len(set(loaded)) == 2
+    before, after = (
+        json.loads((folder_of(folder) / "logs" / "test_summary.json").read_text()) for folder in (finished, tmp_path)
+    )
+    assert after[:2] == before and [result["shot"] for result in after] == [1, 1, 2, 2]
+
+
 def test_changed_options_are_named_when_going_on(
     finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
