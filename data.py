@@ -202,13 +202,9 @@ def check_size(split: Split, way: int, shot: int, query: int) -> None:
 
 def open_dataset(options: Options, name: str, split: str) -> Split:
     """Open a split at the experiment's image size; the main process builds the cache, the others then find it."""
-    if not distributed.is_main():
-        distributed.barrier()
     folder, workers = Path(options.dataset_dir), options.num_dataprovider_workers
-    found = open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
-    if distributed.is_main():
-        distributed.barrier()
-    return found
+    with distributed.main_first():
+        return open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
 
 
 def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:

@@ -114,13 +114,16 @@ class MAMLFewShotClassifier(FewShotLearner):
         What batch norm sees on the way is appended to `seen`.
         """
         parameters = self.task_parameters(len(x), evaluation=order == EVALUATION)
+        if order == EVALUATION:
+            moved = {name: parameters[name].detach().requires_grad_() for name in self.inner_names}
+            parameters = {name: tensor.detach() for name, tensor in parameters.items()} | moved
         forward = self._forward(parameters, order == EVALUATION)
         weights, states = {name: parameters[name] for name in self.inner_names}, {}
         for name, rule in self._rules().items():
             weights, states[name] = rule.start(weights, lambda used: cross_entropy(forward(used, x, 0, seen), y))
+        if order == EVALUATION:
+            weights, states = leaves(weights, weights), {name: leaves(state, state) for name, state in states.items()}
         for step in range(steps):
-            if order == EVALUATION:
-                weights, states = leaves(weights), {name: leaves(state) for name, state in states.items()}
             arguments = (forward, step, weights, states, x, y, order)
             if self.options.checkpoint_inner_steps and order != EVALUATION:
                 done = checkpoint(self._inner_step, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -149,10 +152,14 @@ class MAMLFewShotClassifier(FewShotLearner):
         logits = forward(used, x, step, seen)
         losses = cross_entropy(logits, y)
         gradients, by_state = self._gradients(losses.sum(), used, states, order)
-        weights = used
-        for name, rule in rules.items():
-            weights = rule.update(weights, gradients, states[name], step)
-        states = {n: rule.update_state(states[n], by_state[n], gradients) for n, rule in rules.items()}
+        weights, before = used, states
+        with torch.set_grad_enabled(order != EVALUATION):
+            for name, rule in rules.items():
+                weights = rule.update(weights, gradients, before[name], step)
+            states = {n: rule.update_state(before[n], by_state[n], gradients) for n, rule in rules.items()}
+        if order == EVALUATION:
+            weights, states = leaves(weights, used), {name: leaves(states[name], before[name]) for name in states}
+            used, logits, losses = leaves(used, {}), logits.detach(), losses.detach()
         return InnerStep(step, used, gradients, weights, states, logits, losses, seen or ())
 
     @staticmethod
@@ -365,9 +372,10 @@ def build_learner(device: torch.device | str, options: Options) -> FewShotLearne
     return kind((options.batch_size, *options.image_shape), device, options)
 
 
-def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same values without a history; what could be differentiated by still can."""
-    return {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+def leaves(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same values without a history; they require a gradient where the tensors `before` them do."""
+    wanted = {name for name, tensor in before.items() if tensor.requires_grad}
+    return {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in tensors.items()}
 
 
 def step_importances(steps: int, epoch: int, options: Options) -> list[float]:

@@ -19,14 +19,15 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # says on Linux what a container may tak
 def choose_device(gpu: str | None) -> torch.device:
     """Return the device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
 
-    With None it is the first GPU if there is one. Raises UserError for an id that this machine does not have.
+    With None it is the first GPU if there is one, or one per process. Raises UserError for an id that this machine does
+    not have.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
     if gpu is None:
-        gpu = "0" if torch.cuda.is_available() else "cpu"
+        gpu = ",".join(map(str, range(processes))) if torch.cuda.is_available() else "cpu"
     if gpu.lower() == "cpu":
         return torch.device("cpu")
     ids = gpu_ids(gpu)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != len(ids):
         raise UserError(
             f"--gpu {gpu} names {len(ids)} GPUs but {processes} process(es) were started; name one GPU, or train: "
