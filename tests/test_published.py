@@ -1,4 +1,4 @@
-"""The table of published numbers: what it says is what the scripts and the README say."""
+"""The table of published numbers: what it says is what the scripts and docs/results.md say."""
 
 import shutil
 from decimal import Decimal
@@ -8,7 +8,19 @@ import pytest
 
 from utils import published
 from utils.errors import UserError
-from utils.published import IN_README, IN_SCRIPT, MARKS, README, SCRIPTS, TABLE, Published, by_row, header, read, tables
+from utils.published import (
+    IN_RESULTS,
+    IN_SCRIPT,
+    MARKS,
+    RESULTS,
+    SCRIPTS,
+    TABLE,
+    Published,
+    by_row,
+    header,
+    read,
+    tables,
+)
 
 COLUMNS = TABLE.read_text(encoding="utf-8").partition("\n")[0]
 LINE = "toy_5way_1shot/MAML_4conv,MAML,4-CONV,toy,5,1,48.70,1.84,95 % CI over tasks,{mark},a page,A. Author"
@@ -33,7 +45,7 @@ def test_script_states_what_the_table_says(row: str) -> None:
 
 
 def test_readme_states_what_the_table_says() -> None:
-    match = IN_README.search(README.read_text(encoding="utf-8"))
+    match = IN_RESULTS.search(RESULTS.read_text(encoding="utf-8"))
     assert match is not None
     assert match[0] == tables(read())
 
@@ -62,19 +74,19 @@ def test_damaged_line_is_named(line: str, tmp_path: Path) -> None:
         one_line(tmp_path, line)
 
 
-def test_write_renews_readme_and_headers_and_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_renews_document_and_headers_and_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "glyphs_5way_1shot/CxGrad_4conv"
     lines = one_line(tmp_path, LINE.format(mark="S").replace("toy_5way_1shot/MAML_4conv", name))
-    script, readme = tmp_path / f"{name}.sh", tmp_path / "README.md"
+    script, document = tmp_path / f"{name}.sh", tmp_path / "results.md"
     script.parent.mkdir()
     shutil.copy(SCRIPTS / f"{name}.sh", script)
-    shutil.copy(README, readme)
+    shutil.copy(RESULTS, document)
     monkeypatch.setattr(published, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(published, "README", readme)
+    monkeypatch.setattr(published, "RESULTS", document)
     published.write(lines)
     assert "\n# Published accuracy: 48.70 ± 1.84 % (as reported by a page).\n# " in script.read_text(encoding="utf-8")
-    assert "| MAML, 4-CONV | 48.70 ± 1.84† / – |" in readme.read_text(encoding="utf-8")
-    before = (SCRIPTS / f"{name}.sh").read_text(encoding="utf-8"), README.read_text(encoding="utf-8")
-    after = script.read_text(encoding="utf-8"), readme.read_text(encoding="utf-8")
-    for pattern, old, new in zip((IN_SCRIPT, IN_README), before, after, strict=True):
+    assert "| MAML, 4-CONV | 48.70 ± 1.84† / – |" in document.read_text(encoding="utf-8")
+    before = (SCRIPTS / f"{name}.sh").read_text(encoding="utf-8"), RESULTS.read_text(encoding="utf-8")
+    after = script.read_text(encoding="utf-8"), document.read_text(encoding="utf-8")
+    for pattern, old, new in zip((IN_SCRIPT, IN_RESULTS), before, after, strict=True):
         assert pattern.sub("", old) == pattern.sub("", new)

@@ -1,7 +1,7 @@
 """Published accuracies of all rows, read from experiment_scripts/published.csv.
 
-python -m utils.published            prints the tables of README.md
-python -m utils.published --write    writes them into README.md, and into each script its title and accuracies
+python -m utils.published            prints the tables of docs/results.md
+python -m utils.published --write    writes them into docs/results.md, and into each script its title and accuracies
 
 The file has one line per number. The first number of a row and shot is the one to compare with; a line without a number
 says that none is known.
@@ -19,18 +19,18 @@ from typing import Any
 
 from utils.errors import UserError
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-SCRIPTS = README.with_name("experiment_scripts")
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+SCRIPTS = RESULTS.parents[1] / "experiment_scripts"
 TABLE = SCRIPTS / "published.csv"
 
-# Where a number was read: how the source is introduced in a script, and the sign behind the number in README.md.
+# Where a number was read: how the source is introduced in a script, and the sign behind the number in docs/results.md.
 MARKS = {
     "P": ("", ""),  # the text of a paper
     "R": ("", ""),  # a README by the authors of a method
     "S": ("as reported by ", "†"),  # a secondary source
     "unverified": ("unverified: ", "‡"),  # nowhere; quoted from memory
 }
-IN_README = re.compile(r"(?<=<!-- published -->\n).*(?=<!-- /published -->)", re.S)
+IN_RESULTS = re.compile(r"(?<=<!-- published -->\n).*(?=<!-- /published -->)", re.S)
 IN_SCRIPT = re.compile(r"(?<=^#!/usr/bin/env bash\n)# .*\n# Published accuracy.*\n(#   .*\n)*")
 
 
@@ -102,7 +102,7 @@ def header(lines: Sequence[Published]) -> str:
 
 
 def tables(lines: Sequence[Published]) -> str:
-    """Return the Markdown tables of README.md: gradient learners, then head learners."""
+    """Return the Markdown tables of docs/results.md: gradient learners, then head learners."""
     gradient, head = ([line for line in lines if line.has_head == has_head] for has_head in (False, True))
     legend = (
         "† as reported by a secondary source; ‡ unverified, quoted from memory; the others: a paper or authors' README."
@@ -126,8 +126,8 @@ def _table(title: str, lines: Iterable[Published]) -> str:
 
 
 def write(lines: Sequence[Published]) -> None:
-    """Write the tables into README.md and the headers into the scripts; the rest of each file stays."""
-    README.write_text(IN_README.sub(tables(lines), README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the tables into docs/results.md and the headers into the scripts; the rest of each file stays."""
+    RESULTS.write_text(IN_RESULTS.sub(tables(lines), RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
     for row, of_row in by_row(lines).items():
         script = SCRIPTS / f"{row}.sh"
         script.write_text(IN_SCRIPT.sub(header(of_row), script.read_text(encoding="utf-8")), encoding="utf-8")
@@ -135,7 +135,7 @@ def write(lines: Sequence[Published]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write README.md and the scripts instead of printing")
+    parser.add_argument("--write", action="store_true", help="write the document and the scripts, not the screen")
     if parser.parse_args().write:
         write(read())
     else:
