@@ -8,13 +8,14 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 ENV_PYTHON := $(CURDIR)/.venv/bin/python
 READY := .venv/.requirements-installed
+BENCH ?= iteration evaluation head_training svm_head data augmentation explain
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: help demo test lint format bench
+.PHONY: help demo test lint format bench bench-peers check-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; GPU=0 runs it on a GPU
 	@PYTHON="$(ENV_PYTHON)" bash experiment_scripts/demo.sh "$(or $(GPU),cpu)"
@@ -32,8 +33,20 @@ format: $(READY) ## put the code into the checked format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-bench: $(READY) ## time training iterations and print one table
-	"$(ENV_PYTHON)" benchmarks/iteration.py $(ARGS)
+# A benchmark that fails does not keep the others from running; make then fails at the end.
+bench: $(READY) ## run the benchmarks and print their tables; BENCH=iteration ARGS="--size 32" runs one
+	@failed=
+	for name in $(BENCH); do
+	    echo "== $$name"
+	    "$(ENV_PYTHON)" "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"
+	done
+	[[ -z $$failed ]] || { echo "make: failed:$$failed" >&2; exit 1; }
+
+bench-peers: $(READY)
+	"$(ENV_PYTHON)" benchmarks/peers.py
+
+check-gpu: $(READY) ## check the first GPU, or else the CPU; ARGS="--only parity waits" checks part of it
+	"$(ENV_PYTHON)" benchmarks/check_gpu.py $(ARGS)
 
 $(READY): requirements.txt
 	@stop() { echo "make: $$1" >&2; exit 1; }

@@ -366,7 +366,8 @@ class BatchNormBackward(Function):
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, c: Tensor | None) -> tuple[Any, ...]:
         g, x, weight, mean, scale, dw = ctx.saved_tensors
         u = torch.zeros_like(x) if u is None else dense(u)
-        projected, p, _ = normalised(u, x, None, mean, scale)
+        ones = torch.ones_like(weight)  # without a weight, CUDA's kernel has nothing to allocate its gradient like
+        projected, p, _ = normalised(u, x, ones, mean, scale)
         t = (projected * g).sum((0, 2, 3))
         of_g = projected.mul_(per_channel(weight))
         if v is not None or c is not None:
@@ -376,14 +377,12 @@ class BatchNormBackward(Function):
         k = weight * scale * (-x.shape[1] / x.numel())
         e = k * p if v is None else torch.addcmul(v, k, p)
         h = torch.addcmul(per_channel(e) * g, per_channel(k * dw), u)
-        of_x = normalised(h, x, None, mean, scale)[0]
+        of_x = normalised(h, x, ones, mean, scale)[0]
         of_x += aten.native_batch_norm(x, k * t, None, None, None, True, 0.0, EPS)[0]
         return of_g, of_x, t, None, None
 
 
-def normalised(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalised(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return batch norm's gradients by the maps x, its weight and its bias."""
     gradients: tuple[Tensor, Tensor, Tensor] = aten.native_batch_norm_backward(
         g, x, weight, None, None, mean, scale, True, EPS, [True, True, True]

@@ -69,7 +69,7 @@ def measure(size: int, padding: int, images_per_task: int, options: argparse.Nam
     for result in ours:
         case = {"result": result, "pixels": size, "images": len(images)}
         ways = {
-            name: partial(timed, way[result], options.device, warm_up=0, repetitions=1)
+            name: partial(timed, way[result], options.device, warm_up=0)
             for name, way in (("ours", ours), ("torchvision", theirs))
         }
         compare(case, ways, rounds=1)  # warms up

@@ -30,7 +30,17 @@ from utils.tables import aligned  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- tables: made by benchmarks/common.py --docs -->\n", "<!-- end of tables -->\n"
-DOCUMENTED = ("iteration", "evaluation", "head_training", "svm_head", "data", "augmentation", "memory", "explain")
+DOCUMENTED = (
+    "iteration",
+    "evaluation",
+    "head_training",
+    "svm_head",
+    "data",
+    "augmentation",
+    "memory",
+    "methods",
+    "explain",
+)
 TIMEOUT = 1800  # seconds that a child process may take
 
 T = TypeVar("T")
@@ -81,6 +91,8 @@ def start(parser: argparse.ArgumentParser, child: Callable[..., Any] | None = No
     A process that `run_child` started prints what `child(options, *what)` returns and ends here.
     """
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"PyTorch sees no GPU here for --device {options.device}; --device cpu runs without one")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
@@ -111,7 +123,8 @@ def run_child(*what: Any, command: Sequence[str] = ()) -> Any:
     if done.returncode < 0:
         raise Failed(f"ended by {signal.Signals(-done.returncode).name}; out of memory?")
     if done.returncode:
-        raise Failed((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise Failed(said.removeprefix(f"{Failed.__module__}.Failed: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -177,15 +190,20 @@ def spread(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [ratios[0], statistics.median(ratios), ratios[-1]]
 
 
-def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 2) -> Row:
-    """Return the seconds of the fastest repetition, and the peak memory of this process or on its GPU."""
+def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
+    """Return the seconds of the fastest repetition."""
     seconds = []
     for _ in range(warm_up + repetitions):
         begin = time.perf_counter()
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - begin)
-    return {"seconds": min(seconds[warm_up:]), "peak_gib": peak_memory_gib(torch.device(device))}
+    return {"seconds": min(seconds[warm_up:])}
+
+
+def timed_alone(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
+    """Return what `timed` does and the peak memory, in a process that does nothing else of size."""
+    return timed(work, device, warm_up, repetitions) | {"peak_gib": peak_memory_gib(torch.device(device))}
 
 
 def synchronise(device: torch.device | str) -> None:
@@ -245,8 +263,8 @@ def markdown(folder: Path = RESULTS) -> str:
     parts = []
     for benchmark in DOCUMENTED:
         for record in (record for record in records if record.get("benchmark") == benchmark):
-            settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if value is not None)
-            parts.append(f"### {benchmark}\n\n{machine_line(record['machine'])}; {settings}\n")
+            given = {name: value for name, value in record["settings"].items() if value is not None}
+            parts.append(f"### {benchmark}\n\n{machine_line({**record['machine'], **given})}\n")
             for question, rows in record["tables"].items():
                 header, *body = cells(rows)
                 lines = [header, ["---"] * len(header), *body]

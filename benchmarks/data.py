@@ -94,9 +94,8 @@ def sample(folder: Path, name: str, pixels: int, episodes: int) -> list[Row]:
     torch.testing.assert_close(ours, official(0), atol=1e-5, rtol=0)
     tasks = {"ours": iter(range(episodes)), "official": iter(range(episodes))}
     ways = {"ours": lambda: source.batch(next(tasks["ours"]), 1), "official": lambda: official(next(tasks["official"]))}
-    variants = {variant: partial(timed, way, "cpu", warm_up=0, repetitions=1) for variant, way in ways.items()}
-    rows = compare({"files": name, "pixels": pixels}, variants, episodes)
-    return [{column: value for column, value in row.items() if column != "peak_gib"} for row in rows]
+    variants = {variant: partial(timed, way, "cpu", warm_up=0) for variant, way in ways.items()}
+    return compare({"files": name, "pixels": pixels}, variants, episodes)
 
 
 def build(_: argparse.Namespace, folder: str, name: str, pixels: int) -> Row:

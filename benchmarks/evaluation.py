@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Row, compare, finish, run_child, start, timed  # noqa: E402
+from benchmarks.common import Row, compare, finish, run_child, start, timed_alone  # noqa: E402
 from benchmarks.iteration import BATCH_SIZES, build, gradient_command_line, parity_case  # noqa: E402
 from benchmarks.peers import STEPS, Batch, check_parity  # noqa: E402
 from few_shot_learning_system import MAMLFewShotClassifier  # noqa: E402
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace, variant: str, method: str, shot: int) -
     expected = {"loss": evaluate("naive", method, *small), "gradients": {}}
     check_parity(evaluate(variant, method, *small), {}, expected)
     model, batch = build(method, shot, options, options.size)
-    return timed(lambda: evaluate(variant, method, model, batch), options.device, repetitions=4)
+    return timed_alone(lambda: evaluate(variant, method, model, batch), options.device, repetitions=3)
 
 
 def main() -> None:

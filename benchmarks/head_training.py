@@ -49,7 +49,7 @@ def iteration(
     ]
     train = partial(model.run_train_iter, (*images, *labels), 0)
     train()
-    return lambda: timed(train, options.device, warm_up=0, repetitions=1)
+    return lambda: timed(train, options.device, warm_up=0)
 
 
 def measure(options: argparse.Namespace, network: str, head: str, size: int, precision: str) -> list[Row]:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="pixels [%(default)s]")
     parser.add_argument("--tasks", type=int, default=1, help="episodes in a batch [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=3, help="iterations of each variant [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=2, help="iterations of each variant [%(default)s]")
     options = start(parser, measure)
     table: list[Row] = []
     precisions = ("float32", "tf32", "bf16") if options.device.startswith("cuda") else ("float32",)

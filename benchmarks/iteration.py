@@ -7,8 +7,8 @@ python benchmarks/iteration.py --device cuda --rounds 5
 "ours" is `run_train_iter`; "naive" is `tests.naive_reference`, a loop over tasks by torch's own operations; MAML is
 also run by the libraries of `benchmarks/peers.py`. Every variant first has to show the naive loop's loss and outer
 gradient in float64 on two tasks of 16x16 images. Every figure comes from processes that take turns, so that ratios hold
-on a machine whose speed drifts; a process counts its fastest iteration. Prints one table and writes it to
-benchmarks/results/.
+on a machine whose speed drifts; a process warms up with one iteration and counts the next. Prints one table and writes
+it to benchmarks/results/.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Row, command_line, compare, finish, run_child, start, timed  # noqa: E402
+from benchmarks.common import Row, command_line, compare, finish, run_child, start, timed_alone  # noqa: E402
 from benchmarks.peers import PACKAGES, STEPS, Batch, check_parity, interpreter  # noqa: E402
 from few_shot_learning_system import MAMLFewShotClassifier  # noqa: E402
 from tests.naive_reference import naive_loss  # noqa: E402
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, variant: str, method: str, shot: int, f
     loss = train(variant, method, model, batch)
     check_parity(float(loss), gradients(model), torch.load(file, weights_only=True)["parity"])
     model, batch = build(method, shot, options, options.size)
-    return timed(lambda: train(variant, method, model, batch), options.device)
+    return timed_alone(lambda: train(variant, method, model, batch), options.device)
 
 
 def write_cases(method: str, shot: int, options: argparse.Namespace, file: str) -> None:

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Row, command_line, compare, finish, run_child, start, timed  # noqa: E402
+from benchmarks.common import Row, command_line, compare, finish, run_child, start, timed_alone  # noqa: E402
 from few_shot_learning_system import MAMLFewShotClassifier  # noqa: E402
 
 
@@ -32,8 +32,8 @@ def measure(options: argparse.Namespace, variant: str) -> Row:
     ]
     labels = [torch.arange(5, device=options.device).view(1, 5, 1).repeat(1, 1, n) for n in (5, 15)]
     losses: list[float] = []
-    row = timed(
-        lambda: losses.append(model.run_train_iter((*images, *labels), 0)[0]["loss"].item()), options.device, 0, 1
+    row = timed_alone(
+        lambda: losses.append(model.run_train_iter((*images, *labels), 0)[0]["loss"].item()), options.device, 0
     )
     return row | {"loss": losses[0]}
 

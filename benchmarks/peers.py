@@ -23,7 +23,7 @@ from torch.func import functional_call
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Failed, Row, command_line, start, timed  # noqa: E402
+from benchmarks.common import Failed, Row, command_line, start, timed_alone  # noqa: E402
 
 FOLDER = ROOT / "benchmarks" / ".peers"
 PACKAGES = {  # library -> what its environment needs beside torch
@@ -180,7 +180,7 @@ def measure(options: Namespace, library: str, file: str) -> Row:
     loss = LIBRARIES[library](net)(small["batch"])
     check_parity(loss, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, small)
     step = LIBRARIES[library](network(large["weights"]).to(options.device))
-    return timed(lambda: step(large["batch"]), options.device)
+    return timed_alone(lambda: step(large["batch"]), options.device)
 
 
 def install() -> None:

@@ -93,6 +93,8 @@ class StandIn(FakeTensorMode):
                 self.wait(f"{base} by a mask or by indices on the host")
         if base in ("_to_copy", "copy_"):
             self.check_copy(base, args, kwargs)
+        if here and base == "native_batch_norm_backward" and args[2] is None and any(args[9][1:]):
+            raise RuntimeError(f"{base}: CUDA's kernel allocates the gradients of weight and bias like the weight")
         outer, self.inside = self.inside, True  # what shapes are derived from by decomposition is one call on a GPU
         try:
             result = super().__torch_dispatch__(func, types, args, kwargs)
