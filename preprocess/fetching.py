@@ -145,11 +145,9 @@ def _persist(address: str, work: Callable[[], T], part: Path | None = None) -> T
 def _transfer(address: str, part: Path, size: int | None) -> None:
     """Append the rest of the file at `address` to `part`; its size in bytes is checked where it is known."""
     start = part.stat().st_size if part.exists() else 0
-    if size is not None and start >= size:
-        return  # whole, or not a part of this file: the checksum decides
     with _reading(), _open(address, start) as response:
         if response.status == 416:
-            return  # there is nothing beyond `start`
+            return  # nothing is beyond `start`: the part is whole or of another file, which its checksum shows
         if "html" in response.headers.get_content_subtype():
             raise UserError(
                 f"{address} sent a web page, not a file. Look at it in a browser, or fetch the file by hand"

@@ -90,13 +90,13 @@ def choose(data_set: DataSet, dataset_dir: Path) -> Source:
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove the link")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not an archive. Put the archive there as it is (do not unpack it)")
-    command = f"python preprocess/preprocess.py --datasets {data_set.name} --dataset_dir {quote(str(dataset_dir))}"
+    where = f"--datasets {data_set.name} --dataset_dir {quote(str(dataset_dir))}"
     fetched = any(source.addresses for source in data_set.sources)
     raise UserError(
-        f"{data_set.name} cannot be made: its archive is missing. "
-        + (f"This command fetches it:\n  {command} --download\n" if fetched else "")
-        + f"{'Or fetch' if fetched else 'Fetch'} one of these and put it into {dataset_dir} as it is:"
+        f"{data_set.name} cannot be made: its archive is missing. Fetch one of these and put it into {dataset_dir} "
+        "as it is:"
         + "".join(f"\n  {' or '.join(files)}: {origin}" for origin, files in forms.items())
+        + (f"\nOr have it fetched:\n  python preprocess/preprocess.py {where} --download" if fetched else "")
     )
 
 

@@ -233,6 +233,13 @@ def test_a_web_page_in_the_place_of_a_file_is_refused(server: Server, tmp_path: 
     assert not (tmp_path / "x.zip").exists() and not part_of(tmp_path).exists()
 
 
+def test_a_web_page_does_not_cost_what_was_fetched_before(server: Server, tmp_path: Path) -> None:
+    server.faults = [cut_after(300_000), lambda answer, *_: answer.send(b"<html>maintenance", kind="text/html")]
+    with pytest.raises(UserError, match="sent a web page"):
+        get(server, tmp_path)
+    assert part_of(tmp_path).read_bytes() == CONTENT[:300_000]
+
+
 def test_a_file_of_other_contents_is_refused_and_removed(server: Server, tmp_path: Path) -> None:
     server.files["/x.zip"] = CONTENT[:-1] + b"!"
     with pytest.raises(UserError, match=f"has the md5 .*, not {MD5}: it is not the published file and was removed"):
