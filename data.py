@@ -14,6 +14,7 @@ import torch
 
 from augmentation import augment, crop_padding, draw
 from utils import distributed
+from utils.devices import send
 from utils.errors import UserError
 from utils.image_cache import Split, open_split
 from utils.names import turns_classes
@@ -140,10 +141,7 @@ class Episodes:
         return images.div_(255) if self._shift is None else images.sub_(self._shift).mul_(self._factor)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # a copy from pinned memory does not make the host wait
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return send(torch.from_numpy(array), self.device)
 
 
 def _to_device(images: np.ndarray, device: torch.device) -> torch.Tensor | None:
@@ -204,13 +202,9 @@ def check_size(split: Split, way: int, shot: int, query: int) -> None:
 
 def open_dataset(options: Options, name: str, split: str) -> Split:
     """Open a split at the experiment's image size; the main process builds the cache, the others then find it."""
-    if not distributed.is_main():
-        distributed.barrier()
     folder, workers = Path(options.dataset_dir), options.num_dataprovider_workers
-    found = open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
-    if distributed.is_main():
-        distributed.barrier()
-    return found
+    with distributed.main_first():
+        return open_split(folder, name, split, options.image_shape, options.skip_bad_images, workers)
 
 
 def training_episodes(split: Split, options: Options, device: torch.device, normalization: Normalization) -> Episodes:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -90,10 +91,14 @@ class Experiment:
             device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
             training = training_episodes(train_split, options, device, self.normalization)
             validation = evaluation_episodes(validation_split, options, device, self.normalization)
+            first_batch = partial(training.batch, tasks.start, len(tasks))
+            if not self.model.iterations_done and self.model.choose_form(first_batch):
+                self._save("latest")  # so that a run that is killed before its first save goes on in the same form
             self._write_logs()
             while len(self.history) < options.total_epochs:
                 self._train_epoch(training, tasks)
-                self._finish_epoch(score(*query_logits(self.model, validation, options, "validation")))
+                (logits,), labels = query_logits([self.model], validation, options, "validation")
+                self._finish_epoch(score(logits, labels))
 
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
@@ -131,13 +136,13 @@ class Experiment:
                     self._save("latest")
                     saved = time.monotonic()
                 if agreed > 1:
-                    stop.insert(0, agreed)
                     break
-            if stop:  # also where it was asked for while the last iteration's state was being saved
+            # Also where it was asked for while the last iteration's state was being saved.
+            if code := distributed.largest(stop[0] if stop else 0):
                 without = "" if options.continue_from_epoch == "latest" else "without --continue_from_epoch "
                 done = self.model.iterations_done
                 log.info("stopped and saved at iteration %d; the same command %sgoes on from here", done, without)
-                raise Stopped(stop[0])
+                raise Stopped(code)
 
     def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
         """Add up the metrics of some iterations; raises UserError at the first that the learner vetoes."""
@@ -184,6 +189,7 @@ class Experiment:
             for epoch in self.ranking()[self.options.max_models_to_save :]:
                 if not self.options.save_epoch or epoch % self.options.save_epoch:
                     self.file(f"epoch_{epoch}").unlink(missing_ok=True)
+        distributed.barrier()  # or a process that is ahead would find them and test more than the others
         best = self.history[self.ranking()[0] - 1]
         log.info(
             f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
@@ -225,7 +231,10 @@ class Experiment:
         distributed.barrier()
 
     def resume(self) -> None:
-        """Restore what `continue_from_epoch` names; by default the newest checkpoint that is whole, if there is any."""
+        """Restore what `continue_from_epoch` names; by default the newest checkpoint that is whole, if there is any.
+
+        Raises UserError where another process found a later one: machines that train together share this folder.
+        """
         wanted = self.options.continue_from_epoch
         if wanted == "latest":
             if newest := self.newest_whole():
@@ -243,6 +252,11 @@ class Experiment:
                 with replace_file(self.file("best")) as file:
                     file.write(next(path for path in of_branch if path.exists()).read_bytes())
             distributed.barrier()
+        if distributed.largest(self.model.iterations_done) > self.model.iterations_done:
+            raise UserError(
+                f"another process of this run found a later checkpoint than this one in {self.models}; put "
+                "--experiments_dir on a disk that all machines of the run share"
+            )
 
     def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest checkpoint that can be read and what it holds; None if there is none at all.

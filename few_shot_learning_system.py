@@ -5,9 +5,11 @@ query loss of the adapted weights back to the meta-parameters and makes one Adam
 dimension.
 """
 
+import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from captured_gradients import WARM_UP, CapturedGradients, CudaGraphs, Refused
 from head_learning_system import HeadFewShotClassifier
 from inner_loop_optimizers import InnerLoop, Rule, State, Weights, chosen_rules, official_bias
-from learner import DataBatch, FewShotLearner, Tasks, Veto, cross_entropy
+from learner import DataBatch, FewShotLearner, Form, Tasks, Veto, cross_entropy, parts_of
 from meta_neural_network_architectures import (
     BatchStatistics,
     Pass,
@@ -26,10 +29,22 @@ from meta_neural_network_architectures import (
     update_running_statistics,
 )
 from utils import distributed
+from utils.devices import forget_peak, host_memory_gib, peak_memory_gib, send
+from utils.measurement import fastest
 from utils.options import Options
+
+log = logging.getLogger(__name__)
 
 # What of the inner loop stays in the graph of the query loss: nothing, the weights' path, the inner gradients too.
 EVALUATION, FIRST_ORDER, SECOND_ORDER = 0, 1, 2
+
+
+class Plan(NamedTuple):
+    """What decides which operations compute the gradients of a meta-batch; between equal plans only values differ."""
+
+    order: int
+    counted: tuple[bool, ...]  # whether the query loss after each inner step is computed
+    tasks_per_pass: int
 
 
 class InnerStep(NamedTuple):
@@ -66,6 +81,9 @@ class MAMLFewShotClassifier(FewShotLearner):
             self.rules = nn.ModuleDict({rule.__name__: rule(loop, options) for rule in rules})
         self.to(self.device)
         self.optimizer = torch.optim.Adam(list(self.trained_parameters().values()), lr=options.meta_learning_rate)
+        self.captured: CapturedGradients | None = None
+        if options.cuda_graph == "auto" and self.device.type == "cuda" and torch.cuda.is_available():
+            self.captured = CapturedGradients(self._meta_gradients, self, CudaGraphs(self.device))
 
     def _inner_names(self, rules: Sequence[type[Rule]]) -> list[str]:
         """Return what inner steps move: those trained, batch norm's only if the options say so."""
@@ -96,13 +114,16 @@ class MAMLFewShotClassifier(FewShotLearner):
         What batch norm sees on the way is appended to `seen`.
         """
         parameters = self.task_parameters(len(x), evaluation=order == EVALUATION)
+        if order == EVALUATION:
+            moved = {name: parameters[name].detach().requires_grad_() for name in self.inner_names}
+            parameters = {name: tensor.detach() for name, tensor in parameters.items()} | moved
         forward = self._forward(parameters, order == EVALUATION)
         weights, states = {name: parameters[name] for name in self.inner_names}, {}
         for name, rule in self._rules().items():
             weights, states[name] = rule.start(weights, lambda used: cross_entropy(forward(used, x, 0, seen), y))
+        if order == EVALUATION:
+            weights, states = leaves(weights, weights), {name: leaves(state, state) for name, state in states.items()}
         for step in range(steps):
-            if order == EVALUATION:
-                weights, states = leaves(weights), {name: leaves(state) for name, state in states.items()}
             arguments = (forward, step, weights, states, x, y, order)
             if self.options.checkpoint_inner_steps and order != EVALUATION:
                 done = checkpoint(self._inner_step, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -131,10 +152,14 @@ class MAMLFewShotClassifier(FewShotLearner):
         logits = forward(used, x, step, seen)
         losses = cross_entropy(logits, y)
         gradients, by_state = self._gradients(losses.sum(), used, states, order)
-        weights = used
-        for name, rule in rules.items():
-            weights = rule.update(weights, gradients, states[name], step)
-        states = {n: rule.update_state(states[n], by_state[n], gradients) for n, rule in rules.items()}
+        weights, before = used, states
+        with torch.set_grad_enabled(order != EVALUATION):
+            for name, rule in rules.items():
+                weights = rule.update(weights, gradients, before[name], step)
+            states = {n: rule.update_state(before[n], by_state[n], gradients) for n, rule in rules.items()}
+        if order == EVALUATION:
+            weights, states = leaves(weights, used), {name: leaves(states[name], before[name]) for name in states}
+            used, logits, losses = leaves(used, {}), logits.detach(), losses.detach()
         return InnerStep(step, used, gradients, weights, states, logits, losses, seen or ())
 
     @staticmethod
@@ -205,38 +230,114 @@ class MAMLFewShotClassifier(FewShotLearner):
         if current_iter is not None:
             self.iterations_done = current_iter
         self._set_learning_rate(int(epoch))
-        self.zero_grad()
         tasks = self._to_device(data_batch)
-        total, losses, logits = len(tasks.x_support), [], []
-        for chunk in self._passes(tasks):
-            chunk_losses, chunk_logits = self.query_losses(chunk, int(epoch))
-            (chunk_losses.sum() / total).backward()
-            losses.append(chunk_losses.detach())
-            logits.append(chunk_logits.detach())
+        form = self._form(len(tasks.x_support))
+        inputs = (self._plan(int(epoch), form), self._importances(int(epoch)), *tasks)
+        losses, logits = self._gradients_in(form, *inputs)
         distributed.average_gradients(self.parameters())
         distributed.average(list(self.buffers()))
         self._clamp_gradients()
         self.optimizer.step()
         self.iterations_done += 1
-        return self._report(torch.cat(losses), torch.cat(logits), tasks.y_query)
+        return self._report(losses, logits, tasks.y_query)
 
     def query_losses(self, tasks: Tasks, epoch: int) -> tuple[Tensor, Tensor]:
         """Return each training loss (tasks,), in the graph, and the logits of the last query pass (tasks, n, way)."""
+        plan = self._plan(epoch, self._form(len(tasks.x_support)))
+        return self._planned_losses(plan, self._importances(epoch), tasks)
+
+    def _plan(self, epoch: int, form: Form) -> Plan:
         options = self.options
-        steps = options.number_of_training_steps_per_iter
-        importances = step_importances(steps, epoch, options)
         second_order = options.second_order and epoch > options.first_order_to_second_order_epoch
-        seen: list[BatchStatistics] | None = [] if options.tracks_statistics else None
-        losses = torch.zeros((), device=tasks.x_query.device, dtype=tasks.x_query.dtype)
+        importances = step_importances(options.number_of_training_steps_per_iter, epoch, options)
         order = SECOND_ORDER if second_order else FIRST_ORDER
-        for state, importance in zip(
-            self.inner_loop(tasks.x_support, tasks.y_support, steps, order, seen), importances, strict=True
-        ):
-            if importance > 0:
+        return Plan(order, tuple(importance > 0 for importance in importances), form.tasks_per_pass)
+
+    def _importances(self, epoch: int) -> Tensor:
+        """Return `step_importances` on the device, (steps,)."""
+        importances = step_importances(self.options.number_of_training_steps_per_iter, epoch, self.options)
+        return send(torch.tensor(importances, dtype=next(self.parameters()).dtype), self.device)
+
+    def _planned_losses(self, plan: Plan, importances: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        seen: list[BatchStatistics] | None = [] if self.options.tracks_statistics else None
+        losses = torch.zeros((), device=tasks.x_query.device, dtype=tasks.x_query.dtype)
+        steps = self.inner_loop(tasks.x_support, tasks.y_support, len(plan.counted), plan.order, seen)
+        for state, counted, importance in zip(steps, plan.counted, importances, strict=True):
+            if counted:
                 logits = self._query_logits(state, tasks.x_query, seen)
                 losses = losses + importance * cross_entropy(logits, tasks.y_query)
         update_running_statistics(seen or [])
         return losses, logits
+
+    def _meta_gradients(self, plan: Plan, importances: Tensor, *tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the gradients of the mean training loss; return losses (tasks,) and query logits (tasks, n, way).
+
+        A CUDA graph may hold this: between equal plans nothing may differ but the values of tensors.
+        """
+        self.zero_grad()
+        total, losses, logits = len(tasks[0]), [], []
+        for part in parts_of(Tasks(*tasks), plan.tasks_per_pass):
+            part_losses, part_logits = self._planned_losses(plan, importances, part)
+            (part_losses.sum() / total).backward()
+            losses.append(part_losses.detach())
+            logits.append(part_logits.detach())
+        return torch.cat(losses), torch.cat(logits)
+
+    def _gradients_in(self, form: Form, plan: Plan, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Do what `_meta_gradients` does, from a capture where the form says so and captures have not been refused."""
+        if form.captured and self.captured:
+            try:
+                return self.captured(plan, *inputs)
+            except Refused as error:
+                log.warning("going on without CUDA graphs: %s", error)
+                self.captured = None
+        return self._meta_gradients(plan, *inputs)
+
+    def _form(self, tasks: int) -> Form:
+        """Return the form for meta-batches of so many tasks: by the options, else as measured, else the usual one."""
+        form = self.form or Form(self._usual_tasks_per_pass(tasks), captured=True)
+        return form._replace(tasks_per_pass=self.options.tasks_per_pass or form.tasks_per_pass)
+
+    def choose_form(self, data_batch: Callable[[], DataBatch]) -> bool:
+        options = self.options
+        if self.form or options.tasks_per_pass or options.deterministic or options.dry_run:
+            return False
+        tasks = self._to_device(data_batch())
+        count = len(tasks.x_support)
+        sizes = dict.fromkeys((self._usual_tasks_per_pass(count), 1, -(-count // 2), count))
+        if len(sizes) == 1:
+            return False
+        buffers = [buffer.clone() for buffer in self.buffers()]
+        with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
+            self.form = fastest(self._forms(tasks, sizes), self.device, warm_up=WARM_UP + 1 if self.captured else 1)
+        for buffer, before in zip(self.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.zero_grad()
+        if self.captured:
+            self.captured.release()
+        forget_peak(self.device)
+        return self.form is not None
+
+    def _forms(self, tasks: Tasks, sizes: Iterable[int]) -> Iterator[tuple[Form, Callable[[], object]]]:
+        """Yield forms, and what computes gradients in each as in the epoch that takes most memory.
+
+        Where memory is short that raises RuntimeError; on a CPU in advance, as the system would kill processes.
+        """
+        tried = 1
+        for size in sizes:
+            needed = peak_memory_gib(self.device) * size / tried * distributed.world_size()
+            fits = self.device.type != "cpu" or size <= tried or needed < host_memory_gib() / 2
+            for captured in (True, False) if self.captured else (False,):
+                form = Form(size, captured)
+                yield form, partial(self._try, form, tasks, fits)
+            tried = max(size, tried) if fits else tried
+
+    def _try(self, form: Form, tasks: Tasks, fits: bool) -> None:
+        if not fits:
+            raise torch.OutOfMemoryError(f"{form} may take more than half of the memory")
+        epoch = max(range(self.options.total_epochs), key=lambda epoch: self._plan(epoch, form))
+        gradients = self.captured if form.captured and self.captured else self._meta_gradients
+        gradients(self._plan(epoch, form), self._importances(epoch), *tasks)
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {"steps": self.options.number_of_evaluation_steps_per_iter}
@@ -271,9 +372,10 @@ def build_learner(device: torch.device | str, options: Options) -> FewShotLearne
     return kind((options.batch_size, *options.image_shape), device, options)
 
 
-def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same values without a history; what could be differentiated by still can."""
-    return {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+def leaves(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same values without a history; they require a gradient where the tensors `before` them do."""
+    wanted = {name for name, tensor in before.items() if tensor.requires_grad}
+    return {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in tensors.items()}
 
 
 def step_importances(steps: int, epoch: int, options: Options) -> list[float]:

@@ -5,7 +5,7 @@ A learner has two verbs: `adapt` to labelled support images, and `predict` the l
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +33,16 @@ class Tasks(NamedTuple):
     y_query: Tensor  # (tasks, way*query)
 
 
+class Form(NamedTuple):
+    """How the gradients of a meta-batch are computed; they are the same in all forms, up to rounding."""
+
+    tasks_per_pass: int
+    captured: bool  # in a CUDA graph
+
+    def __str__(self) -> str:
+        return f"{self.tasks_per_pass} task{'s' * (self.tasks_per_pass > 1)} per pass{', captured' * self.captured}"
+
+
 class Veto(NamedTuple):
     """Why training must not go on."""
 
@@ -44,6 +54,7 @@ class FewShotLearner(nn.Module):
     """Base of the learners. A subclass sets `optimizer` and says how to train, adapt and predict."""
 
     optimizer: torch.optim.Optimizer
+    form: Form | None = None  # in which training goes on if it has been measured, in this process or before a resume
     counts: ClassVar[Sequence[str]] = ()  # metrics beside loss and accuracy that an epoch adds up: numbers of tasks
     # A checkpoint's file name, by what the experiment calls it; other names (epoch_N) get `suffix` only.
     file_names: Mapping[str, str] = {}
@@ -55,7 +66,14 @@ class FewShotLearner(nn.Module):
         self.device = torch.device(device)
         self.image_shape = (im_shape[1], im_shape[2], im_shape[3])
         self.iterations_done = 0
-        prepare_device(self.device, tf32=self.options.precision == "tf32")
+        prepare_device(self.device, self.options.precision == "tf32", self.options.deterministic)
+
+    def choose_form(self, data_batch: Callable[[], DataBatch]) -> bool:
+        """Choose `form` by measurement on a training meta-batch, where there is a choice; return whether it was made.
+
+        Nothing else changes. All processes have to call it.
+        """
+        return False
 
     @abstractmethod
     def run_train_iter(
@@ -97,8 +115,10 @@ class FewShotLearner(nn.Module):
 
     def _passes(self, tasks: Tasks) -> Iterator[Tasks]:
         """Yield the meta-batch in micro-batches of tasks; gradients do not depend on the cut."""
-        size = self.options.tasks_per_pass or (1 if self.device.type == "cpu" else len(tasks.x_support))
-        yield from map(Tasks._make, zip(*(tensor.split(size) for tensor in tasks), strict=True))
+        yield from parts_of(tasks, self.options.tasks_per_pass or self._usual_tasks_per_pass(len(tasks.x_support)))
+
+    def _usual_tasks_per_pass(self, tasks: int) -> int:
+        return 1 if self.device.type == "cpu" else tasks
 
     def _report(self, losses: Tensor, logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
         correct = (logits.argmax(2) == labels).to(losses.dtype)
@@ -147,7 +167,8 @@ class FewShotLearner(nn.Module):
     def save_model(self, model_save_dir: str | Path, state: Mapping[str, Any]) -> None:
         """Write weights, optimiser and `state` (plain values and tensors) to the file `model_save_dir`, atomically."""
         own = {**self.weights(), "optimizer": self.optimizer.state_dict(), "iterations_done": self.iterations_done}
-        checkpoints.save({**state, **own}, Path(model_save_dir))
+        form = {"form": self.form and self.form._asdict()}
+        checkpoints.save({**state, **own, **form}, Path(model_save_dir))
 
     def load_model(self, model_save_dir: str | Path, model_name: str, model_idx: str | int) -> dict[str, Any]:
         """Restore what `save_model` wrote to MODEL_SAVE_DIR/MODEL_NAME_MODEL_IDX; returns the whole state."""
@@ -174,6 +195,12 @@ class FewShotLearner(nn.Module):
             self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)
+        self.form = Form(**state["form"]) if state.get("form") else None
+
+
+def parts_of(tasks: Tasks, size: int) -> Iterator[Tasks]:
+    """Return the tasks in parts of `size`; the last one may be smaller."""
+    return map(Tasks._make, zip(*(tensor.split(size) for tensor in tasks), strict=True))
 
 
 def as_tensor(array: Any) -> Tensor:

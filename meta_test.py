@@ -28,24 +28,35 @@ log = logging.getLogger(__name__)
 Result = dict[str, Any]
 
 
-def query_logits(model: FewShotLearner, episodes: Episodes, options: Options, title: str) -> tuple[Tensor, Tensor]:
-    """Return logits (tasks, way*query, way) and labels (tasks, way*query) of the first evaluation tasks, on the CPU."""
+def query_logits(
+    models: Sequence[FewShotLearner], episodes: Episodes, options: Options, title: str
+) -> tuple[Tensor, Tensor]:
+    """Return what models answer to the first evaluation tasks, each of which is made once, on the CPU.
+
+    These are logits (models, tasks, way*query, way) and labels (tasks, way*query).
+    """
     total = options.num_evaluation_tasks
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
     first, size = distributed.rank() * share, options.evaluation_batch_size
-    logits, labels = [], []
-    counts = dict.fromkeys(model.counts, torch.zeros((), device=model.device))
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    counts = [dict.fromkeys(model.counts, torch.zeros((), device=model.device)) for model in models]
     with progress_bar(share, 0, title) as bar:
         for start in range(first, first + share, size):
             batch = episodes.batch(start, min(size, first + share - start))
-            metrics, predictions = model.run_validation_iter(batch)
-            counts = {name: count + metrics[name] for name, count in counts.items()}
-            logits.append(torch.stack(predictions))
+            answers = []
+            for model, sums in zip(models, counts, strict=True):
+                metrics, predictions = model.run_validation_iter(batch)
+                answers.append(torch.stack(predictions))
+                for name in sums:
+                    sums[name] = sums[name] + metrics[name]
+            logits.append(torch.stack(answers, 1))  # (tasks, models, way*query, way)
             labels.append(batch.y_target.flatten(1))
-            bar.update(len(predictions))
-    model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in counts.items()})
-    gathered = [distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels)]
-    return gathered[0], gathered[1]
+            bar.update(len(batch.y_target))
+    for model, sums in zip(models, counts, strict=True):
+        model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in sums.items()})
+    scores, answered = (distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels))
+    return scores.transpose(0, 1), answered
 
 
 def meta_test(
@@ -59,21 +70,22 @@ def meta_test(
     """Score the first checkpoint, and the mean logits of all, on each data set and shot that the options name.
 
     `checkpoints` are files and what was read from them. `labels` name the two in the results; one label asks for the
-    first only. Images are resized and normalised as in training, and every checkpoint sees the same tasks. Results are
-    printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to FOLDER/visual_outputs;
-    those of several data sets also to `utils.cross_domain`'s table and heat map.
+    first only. Images are resized and normalised as in training, and all checkpoints score a task before the next is
+    made. Results are printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to
+    FOLDER/visual_outputs; those of several data sets also to `utils.cross_domain`'s table and heat map.
     """
+    models = [model]
+    for _ in checkpoints[1:]:
+        models.append(type(model)((options.batch_size, *options.image_shape), model.device, model.options))
+    for one, (path, state) in zip(models, checkpoints, strict=True):
+        one.load_state(state, path, with_optimizer=False)
     results: list[Result] = []
     for dataset, shot in itertools.product(options.test_dataset_list, options.test_shot_list):
         options = dataclasses.replace(options, val_shot=shot)
         split = open_dataset(options, dataset, "test")
         episodes = evaluation_episodes(split, options, model.device, normalization)
         check_disjoint(episodes, options.num_evaluation_tasks)
-        logits, answers = [], torch.empty(0)
-        for path, state in checkpoints:
-            model.load_state(state, path, with_optimizer=False)
-            one, answers = query_logits(model, episodes, options, f"{split.name}: {path.name}")
-            logits.append(one)
+        logits, answers = query_logits(models, episodes, options, split.name)
         way, _, query = options.evaluation_task
         protocol = {
             "dataset": split.name,
@@ -89,7 +101,7 @@ def meta_test(
             **model.protocol(),
         }
         names = [path.name for path, _ in checkpoints]
-        scored = zip(labels, (names[:1], names), (logits[0], torch.stack(logits).mean(0)), strict=False)
+        scored = zip(labels, (names[:1], names), (logits[0], logits.mean(0)), strict=False)
         tested = [
             protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
             for label, used, scores in scored

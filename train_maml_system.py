@@ -26,8 +26,10 @@ from utils.progress import set_up_logging
 def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     options = parse_args(argv)
-    if options.gpu and "," in options.gpu and "WORLD_SIZE" not in os.environ:
-        distributed.become_launcher(len(gpu_ids(options.gpu)))
+    if "WORLD_SIZE" not in os.environ:
+        processes = len(gpu_ids(options.gpu)) if options.gpu and options.gpu.lower() != "cpu" else 1
+        if processes > 1 or "PET_NNODES" in os.environ:
+            return distributed.launch(processes)
     device = choose_device(options.gpu)
     with distributed.processes(device):
         if options.dry_run:

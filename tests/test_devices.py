@@ -2,16 +2,19 @@
 
 import ctypes
 import logging
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils.devices import keep_freed_memory, peak_memory_gib
+from utils import devices
+from utils.devices import host_memory_gib, keep_freed_memory, peak_memory_gib, prepare_device
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -30,6 +33,68 @@ def test_peak_memory_is_the_kernels_count() -> None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             assert peak_memory_gib(CPU) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+
+
+@pytest.fixture
+def settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put torch's settings back afterwards."""
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    for name in ("allow_tf32", "benchmark", "deterministic"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.usefixtures("settings_of_torch")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_gpu_tries_its_kernels_or_repeats_its_bits(deterministic: bool) -> None:
+    prepare_device(torch.device("cuda"), deterministic=deterministic)
+    cudnn = torch.backends.cudnn
+    assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+
+
+@pytest.mark.usefixtures("settings_of_torch")
+def test_a_workspace_that_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    prepare_device(torch.device("cuda"), deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize("limit", [None, "max", str(2**30), str(2**63 - 4096)])
+def test_memory_is_the_machines_or_what_its_container_may_take(
+    limit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}[name])
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert host_memory_gib() == (1 if limit == str(2**30) else 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_memory_that_is_not_used_is_given_back() -> None:
+    program = """
+import torch
+from utils.devices import forget_peak, keep_freed_memory
+def used():
+    return int(open("/proc/self/statm").read().split()[1])
+keep_freed_memory()
+block = torch.ones(2**26)
+full = used()
+del block
+kept = used()
+forget_peak(torch.device("cpu"))
+print(full, kept, used())
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    full, kept, left = map(int, run.stdout.split())
+    assert kept > 0.9 * full and full - left > 0.9 * 2**28 / 4096, run.stdout
 
 
 @pytest.mark.parametrize("results", [(1, 1), (1, 0), (0, 1)])

@@ -213,6 +213,26 @@ def test_memory_format_does_not_change_features_or_gradients(network: Callable[.
         torch.testing.assert_close(first.grad, second.grad, msg="gradient")
 
 
+@pytest.mark.parametrize("network", [ProtoNetConv64, R2D2Net, ResNet12Embedding])
+@pytest.mark.parametrize("size", [32, 43])
+def test_evaluation_gives_the_same_features_whether_gradients_are_kept_or_not(
+    network: Callable[..., Any], size: int
+) -> None:
+    torch.manual_seed(0)
+    model = network((3, size, size), SMALL).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.1, 2)
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    kept = model.eval()(images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), kept)
+    assert kept.requires_grad
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_where_the_recipe_has_it(training: bool) -> None:
     torch.manual_seed(0)

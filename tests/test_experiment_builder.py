@@ -4,13 +4,15 @@ import csv
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from PIL import Image
 
 import data
 import experiment_builder
+import few_shot_learning_system
 import meta_test
 import test as test_entry
 from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
+from learner import Form
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -39,7 +43,8 @@ TINY = shlex.split(
     "--dataset_name toy --image_height 8 --image_width 8 --num_classes_per_set 2 --num_samples_per_class 1 "
     "--num_target_samples 2 --batch_size 2 --cnn_num_filters 4 --num_stages 2 --number_of_training_steps_per_iter 1 "
     "--number_of_evaluation_steps_per_iter 1 --contextual_grad true --num_context_params 3 --total_epochs 3 "
-    "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu"
+    "--total_iter_per_epoch 4 --num_evaluation_tasks 5 --max_models_to_save 2 --top_n_models 2 --gpu cpu "
+    "--tasks_per_pass 1"  # of runs that are compared bit for bit each has to use the same, also on a busy machine
 )
 
 
@@ -85,8 +90,8 @@ def finished(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -239,6 +244,37 @@ def test_stopping_in_the_middle_of_an_epoch_saves_that_iteration(
     main(command(toy_data, tmp_path))
     assert history(tmp_path) == history(finished)
     assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
+
+
+def test_a_run_killed_before_its_first_save_goes_on_in_the_form_that_was_measured(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(forms: Iterable[tuple[Form, Any]], *_: Any, **__: Any) -> Form:
+        found = [form for form, run in forms if run() is None]
+        assert found == [(1, False), (2, False)]
+        return found[-1]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    free = command(toy_data, tmp_path / "measured")
+    del free[free.index("--tasks_per_pass") : free.index("--tasks_per_pass") + 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(few_shot_learning_system, "fastest", measured)
+        patch.setattr(MAMLFewShotClassifier, "run_train_iter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(free)
+    saved = checkpoints.load(folder_of(tmp_path / "measured") / "saved_models" / "latest")
+    assert saved["form"] == {"tasks_per_pass": 2, "captured": False} and saved["iterations_done"] == 0
+    monkeypatch.setattr(few_shot_learning_system, "fastest", killed)
+    main(free)
+    fixed = command(toy_data, tmp_path / "fixed")
+    fixed[fixed.index("--tasks_per_pass") + 1] = "2"
+    main(fixed)
+    weights = final_weights(tmp_path / "measured")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(tmp_path / "fixed").items())
+    losses = [[row["train_loss"] for row in history(tmp_path / name)] for name in ("measured", "fixed")]
+    assert losses[0] == losses[1]
 
 
 def test_a_damaged_latest_falls_back_to_the_newest_good_checkpoint(
@@ -452,6 +488,35 @@ def test_going_on_and_testing_read_each_checkpoint_once(
     assert read and len(read) == len(set(read)), read
 
 
+def test_all_checkpoints_of_a_test_score_a_task_that_is_made_once(
+    finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (folder_of(tmp_path) / "logs" / "test_summary.json").unlink()
+    made: list[tuple[int, int]] = []
+    loaded: list[Path] = []
+    batch, load = Episodes.batch, MAMLFewShotClassifier.load_state
+
+    def note_batch(self: Episodes, first: int, tasks: int) -> data.Batch:
+        made.append((first, tasks))
+        return batch(self, first, tasks)
+
+    def note_load(self: MAMLFewShotClassifier, state: Any, path: Path, **more: Any) -> None:
+        loaded.append(path)
+        load(self, state, path, **more)
+
+    monkeypatch.setattr(Episodes, "batch", note_batch)
+    monkeypatch.setattr(MAMLFewShotClassifier, "load_state", note_load)
+    words = ["--evaluate_on_test_set_only", "true", "--test_batch_size", "2", "--test_shots", "1,2"]
+    main(command(toy_data, tmp_path, *words))
+    assert made == [(0, 2), (2, 2), (4, 1)] * 2
+    assert len(loaded) == len(set(loaded)) == 2
+    before, after = (
+        json.loads((folder_of(folder) / "logs" / "test_summary.json").read_text()) for folder in (finished, tmp_path)
+    )
+    assert after[:2] == before and [result["shot"] for result in after] == [1, 1, 2, 2]
+
+
 def test_changed_options_are_named_when_going_on(
     finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,37 +528,132 @@ def test_changed_options_are_named_when_going_on(
 # --- several processes ---------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one_does(finished: Path, toy_data: Path, tmp_path: Path) -> None:
-    """Saving so often that the two disagree on when it is due, had they not to agree."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    entry = tmp_path / "entry.py"
-    entry.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import experiment_builder, train_maml_system\n"
-        "experiment_builder.SAVE_EVERY_SECONDS = 0.02\n"
-        "train_maml_system.main(sys.argv[1:])\n"
-    )
-    output, _ = start(*launcher, str(entry), *command(toy_data, tmp_path)).communicate(timeout=180)
-    assert (folder_of(tmp_path) / "logs" / "test_summary.json").exists(), output
+TWO_PROCESSES = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import experiment_builder, train_maml_system
+from few_shot_learning_system import MAMLFewShotClassifier
+from utils import distributed, entry
+
+experiment_builder.SAVE_EVERY_SECONDS = 0.02  # so often that the two disagree on when it is due, had they not to agree
+train_iteration = MAMLFewShotClassifier.run_train_iter
+
+def run_train_iter(self, *arguments):
+    if self.iterations_done == 5:
+        exec(os.environ.get("AT_THE_SIXTH", ""))
+    return train_iteration(self, *arguments)
+
+def main():
+    if "WORLD_SIZE" not in os.environ:
+        return distributed.launch(2)
+    MAMLFewShotClassifier.run_train_iter = run_train_iter
+    train_maml_system.main()
+
+sys.exit(entry.run(main))
+"""
+
+
+def train_with_two(folder: Path, data: Path, *extra: str, act: str = "") -> tuple[int, str]:
+    """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output."""
+    entry = folder / "two_processes.py"
+    entry.write_text(TWO_PROCESSES)
+    process = start(str(entry), *command(data, folder, *extra), AT_THE_SIXTH=act)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp("finished_by_two")
+    status, output = train_with_two(results, toy_data)
+    assert status == 0, output
+    return results
+
+
+def assert_close_to(finished: Path, results: Path) -> None:
     for name, tensor in final_weights(finished).items():
-        torch.testing.assert_close(final_weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-5)
-    for ours, theirs in zip(history(tmp_path), history(finished), strict=True):
+        torch.testing.assert_close(final_weights(results)[name], tensor, rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(history(results), history(finished), strict=True):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "train_maml_system.py",
-                *command(toy_data, tmp_path / "x", "--batch_size", "3"),
-            ],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    assert "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in failed.value.stderr
+
+
+def assert_same(finished: Path, results: Path) -> None:
+    assert history(results) == history(finished)
+    assert all(torch.equal(tensor, final_weights(results)[name]) for name, tensor in final_weights(finished).items())
+
+
+def test_two_processes_train_as_one_does(finished: Path, finished_by_two: Path) -> None:
+    assert (folder_of(finished_by_two) / "logs" / "test_summary.json").exists()
+    assert_close_to(finished, finished_by_two)
+
+
+def test_a_batch_that_cannot_be_shared_is_named(toy_data: Path, tmp_path: Path) -> None:
+    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3")
+    assert status == 2 and "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_at_once_and_the_run_goes_on_from_its_checkpoint(
+    rank: int, finished_by_two: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    begun = time.monotonic()
+    kill = f"if distributed.rank() == {rank}: os.kill(os.getpid(), signal.SIGKILL)"
+    status, output = train_with_two(tmp_path, toy_data, act=kill)
+    assert status == 2 and time.monotonic() - begun < 100, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"error: process {rank} (number {rank} on ") and "was killed by SIGKILL" in last, output
+    assert "the same command goes on from the last checkpoint" in last
+    assert f"error: process {1 - rank} lost another one" in output and "Traceback" not in output
+    assert checkpoints.load(folder_of(tmp_path) / "saved_models" / "latest")["iterations_done"] in (4, 5)
+    status, output = train_with_two(tmp_path, toy_data)
+    assert status == 0 and "going on from" in output, output
+    assert_same(finished_by_two, tmp_path)
+
+
+def test_processes_that_are_all_signalled_twice_save_and_stop_together(
+    finished_by_two: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """As Slurm does: it signals every process, and the launcher passes on the signal that it got."""
+    signals = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getppid(), signal.SIGTERM)"
+    status, output = train_with_two(tmp_path, toy_data, act=signals)
+    assert status == 128 + signal.SIGTERM and "stopped and saved at iteration" in output, output
+    assert "error:" not in output and "Traceback" not in output
+    status, output = train_with_two(tmp_path, toy_data)
+    assert status == 0, output
+    assert_same(finished_by_two, tmp_path)
+
+
+def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp_path: Path) -> None:
+    status, output = train_with_two(tmp_path, toy_data, act="if distributed.rank() == 1: 1 / 0")
+    assert status == 2 and "ZeroDivisionError" in output
+    assert re.match(r"error: process 1 .* failed; its traceback is above", output.splitlines()[-1]), output
+
+
+def test_two_machines_train_as_one_does_each_with_images_of_its_own(
+    finished: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
+    machines = []
+    for number in range(2):
+        shutil.copytree(toy_data / "toy", tmp_path / f"data_{number}" / "toy")
+        words = command(tmp_path / f"data_{number}", tmp_path)
+        machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
+    outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert all((tmp_path / f"data_{number}" / ".cache").exists() for number in range(2))
+    assert_close_to(finished, tmp_path)
+
+
+def test_a_process_that_does_not_see_the_others_checkpoints_says_so(
+    finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_builder.distributed, "largest", lambda number: max(number, 12))
+    with pytest.raises(UserError, match="--experiments_dir on a disk that all machines of the run share"):
+        main(command(toy_data, tmp_path))
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

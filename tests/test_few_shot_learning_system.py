@@ -1,7 +1,9 @@
 """Parity with the recorded official program, with a naive loop, and the learner's interface."""
 
 import copy
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -570,3 +572,57 @@ def test_labels_in_any_order_give_the_same_loss() -> None:
         if state is plain:
             expected = cross_entropy(logits, tasks.y_query)
     torch.testing.assert_close(cross_entropy(logits, tasks.y_query), expected)
+
+
+# --- graphs in evaluation ------------------------------------------------------------------------------------------
+
+
+class Held:
+    """A tensor that some graph holds for its backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its history, an output that its own node holds would never be freed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"contextual_grad": True},
+        {"alfa": True, "attenuate": True},
+        {"meta_sgd": True},
+        {"inner_loop_part": "head"},
+        {"backbone": "ResNet-12", "resnet_widths": "4-5-6-7", "contextual_grad": True},
+    ],
+)
+def test_adapting_for_evaluation_leaves_no_graph(method: dict[str, Any]) -> None:
+    steps = {"number_of_training_steps_per_iter": 2, "number_of_evaluation_steps_per_iter": 2}
+    small = {"image_height": 28, "image_width": 28, "cnn_num_filters": 4}
+    model = MAMLFewShotClassifier((2, 3, 28, 28), "cpu", Options.from_mapping({**steps, **small, **method}))
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def hold(tensor: Tensor) -> Held:
+        held.add(one := Held(tensor))
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
+        state = model.adapt(torch.rand(1, 5, 3, 28, 28), torch.arange(5)[None])
+    gc.collect()
+    assert not list(held)
+    of_rules = [tensor for rule in state.states.values() for tensor in rule.values()]
+    kept = [*state.weights.values(), *state.used.values(), *of_rules, state.support_logits, state.support_losses]
+    assert all(tensor.grad_fn is None for tensor in kept)
+
+
+def test_evaluation_builds_the_graph_of_what_moves_only() -> None:
+    """ANIL moves the classifier, so that the body is not recorded."""
+    small = {"image_height": 28, "image_width": 28, "cnn_num_filters": 4, "inner_loop_part": "head"}
+    model = MAMLFewShotClassifier((2, 3, 28, 28), "cpu", Options.from_mapping(small))
+    shapes: set[torch.Size] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.add(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.adapt(torch.rand(1, 5, 3, 28, 28), torch.arange(5)[None])
+    assert shapes and max(shape.numel() for shape in shapes) <= 25, "more than features and logits is held"

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,18 +13,21 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # says on Linux what a container may take
+
 
 def choose_device(gpu: str | None) -> torch.device:
     """Return the device of this process: ``cpu``, or the GPU of `gpu` ("0", "0,1") that belongs to its local rank.
 
-    With None it is the first GPU if there is one. Raises UserError for an id that this machine does not have.
+    With None it is the first GPU if there is one, or one per process. Raises UserError for an id that this machine does
+    not have.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
     if gpu is None:
-        gpu = "0" if torch.cuda.is_available() else "cpu"
+        gpu = ",".join(map(str, range(processes))) if torch.cuda.is_available() else "cpu"
     if gpu.lower() == "cpu":
         return torch.device("cpu")
     ids = gpu_ids(gpu)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != len(ids):
         raise UserError(
             f"--gpu {gpu} names {len(ids)} GPUs but {processes} process(es) were started; name one GPU, or train: "
@@ -34,16 +38,26 @@ def choose_device(gpu: str | None) -> torch.device:
     return device
 
 
-def prepare_device(device: torch.device, tf32: bool = False) -> None:
+def prepare_device(device: torch.device, tf32: bool = False, deterministic: bool = False) -> None:
     """Set this process up to compute on `device`; every learner does it.
 
     `tf32` lets a GPU's convolutions and matrix products round to ten bits. Without it they are full float32: CxGrad's
-    context follows from differences that ten bits do not hold.
+    context follows from differences that ten bits do not hold. `deterministic` makes a GPU add up in the same order
+    every time; without it cuDNN tries its kernels and takes the fastest.
     """
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+        torch.use_deterministic_algorithms(True)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to `device`; the host does not wait for a GPU, as the copy is from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def gpu_ids(gpu: str) -> list[int]:
@@ -64,6 +78,24 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # not the threshold of mmap, which older versions limit to 32 MiB
     if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)):
         log.warning("the C library refuses to keep freed memory; iterations on the CPU take longer")
+
+
+def forget_peak(device: torch.device) -> None:
+    """Give unused memory back and, on a GPU, count the peak of memory from here on."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def host_memory_gib() -> float:
+    """Return how much memory this process and its like on other devices may take together, in GiB."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in (CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory" / "memory.limit_in_bytes"):  # versions 2 and 1
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits) / 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,6 +1,9 @@
 """One process per device, started by torchrun; without torchrun every function here does nothing."""
 
+import itertools
 import os
+import signal
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,25 +13,71 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.errors import UserError
 
-def become_launcher(processes: int) -> None:
-    """Replace this process by torchrun, which starts the same command once per GPU; signals then reach torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+PATIENCE = timedelta(minutes=10)  # for another process, in training and evaluation
+PATIENCE_WITH_MAIN = timedelta(hours=6)  # for the cache of a large data set, which one process builds
+_passages = itertools.count()
+
+
+def launch(processes: int) -> None:
+    """Run the present command in so many processes under torchrun, which passes on the signals that come here.
+
+    Several machines take part where torchrun's variables (PET_NNODES, PET_RDZV_ENDPOINT, ...) say so.
+    Raises SystemExit where processes stopped by themselves and said why, UserError where one was killed or failed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--nproc_per_node", str(processes), *sys.argv])
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as error:
+        # A signal's number is negative, 1 is a traceback; who missed such a process ended with a higher status, or by
+        # the SIGTERM that torchrun sends then.
+        rank, failure = min(
+            error.failures.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[1].exitcode)
+        )
+        if failure.exitcode > 1:
+            raise SystemExit(failure.exitcode) from None
+        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else "failed; its traceback is above"
+        raise UserError(
+            f"process {rank} (number {failure.local_rank} on {socket.gethostname()}, pid {failure.pid}) {how}. "
+            "The run has ended; the same command goes on from the last checkpoint"
+        ) from None
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Inside, this process belongs to the group that torchrun announced, if it did (NCCL on GPUs, gloo on CPUs)."""
+    """Inside, this process belongs to the group that torchrun announced, if it did (NCCL on GPUs, gloo on CPUs).
+
+    Raises UserError where another process of the group is lost.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        patience = timedelta(hours=6)  # for the cache of a large data set, which one process builds
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=patience, device_id=gpu)
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu)
     try:
         yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit:  # all processes stop together
+        _leave()
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            minutes = PATIENCE.total_seconds() / 60
+            raise UserError(
+                f"process {rank()} lost another one, which ended or did not answer for {minutes:g} minutes; its own "
+                "messages may say why. The same command goes on from the last checkpoint"
+            ) from error
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """Leave the group. After an error a process must not: with NCCL it would wait there for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -48,6 +97,24 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process pass the block first, then one process per machine, then the others of that machine.
+
+    What the main process builds inside, the others find; a machine that does not share its disk builds its own.
+    """
+    if world_size() == 1:
+        yield
+        return
+    machine, place = (int(os.environ.get(name, "0")) for name in ("GROUP_RANK", "LOCAL_RANK"))
+    store, passage = dist.distributed_c10d._get_default_store(), next(_passages)
+    if not is_main():
+        store.wait([f"passage {passage} on {machine if place else 0}"], PATIENCE_WITH_MAIN)
+    yield
+    if place == 0:
+        store.set(f"passage {passage} on {machine}", "")
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -71,9 +138,9 @@ def gather_tasks(local: Tensor) -> Tensor:
     """Concatenate equally long tensors of all processes along the first dimension, in rank order."""
     if world_size() == 1:
         return local
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
+    gathered = local.new_empty(world_size() * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous())
+    return gathered
 
 
 def largest(number: int) -> int:

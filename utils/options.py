@@ -111,7 +111,18 @@ class Options:
     test_shots: str | None = free(None, "shots to meta-test with, such as 1,5; default: that of validation")
     batch_size: int = fixed(4, "tasks in a training meta-batch, over all devices together", at_least=1)
     test_batch_size: int | None = free(None, "tasks in an evaluation meta-batch; default: batch_size", at_least=1)
-    tasks_per_pass: int | None = free(None, "tasks per pass; default: on a GPU all, else 1", at_least=1, only=GRADIENT)
+    tasks_per_pass: int | None = free(
+        None,
+        "tasks per pass; default in training: the fastest by a measurement at the start, else on a GPU all, else 1",
+        at_least=1,
+        only=GRADIENT,
+    )
+    cuda_graph: str = free(
+        "auto",
+        "auto: a GPU replays the gradients of a meta-batch from a CUDA graph where it can; off: never",
+        choices=("auto", "off"),
+        only=GRADIENT,
+    )
     checkpoint_inner_steps: bool = free(False, "store less, compute inner steps twice; same gradients", only=GRADIENT)
     rotate_classes: bool | None = fixed(None, "training turns classes into new ones too; default: on for omniglot")
     train_seed: int = fixed(0, "seed of the stream of training tasks", **SEED)
@@ -200,6 +211,9 @@ class Options:
     evaluate_on_test_set_only: bool = free(False, "no training: meta-test this experiment's checkpoints", dry_run=False)
     test_datasets: str | None = free(None, "data sets to meta-test on, such as CUB,glyphs; default: dataset_name")
     gpu: str | None = free(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
+    deterministic: bool = free(
+        False, "a GPU computes the same bits every time, more slowly; then a resumed run equals one never stopped"
+    )
     dry_run: bool = free(False, "two tiny iterations of everything on made-up images, in a folder that is then removed")
     name_of_args_json_file: str | None = free(None, "JSON file of options; the command line wins over it")
 

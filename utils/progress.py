@@ -45,13 +45,17 @@ def progress_bar(total: int | None, initial: int, title: str, unit: str = "it") 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """While inside, Ctrl-C and SIGTERM put an exit status into the list; a second signal acts as it usually does."""
+    """While inside, Ctrl-C and SIGTERM put an exit status into the list; a second signal acts as it usually does.
+
+    Under torchrun a second one adds to the list only: Slurm signals the processes, and torchrun, which passes it on.
+    """
     requests: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: object) -> None:
         requests.append(128 + number)
-        signal.signal(number, before[signal.Signals(number)])
+        if "WORLD_SIZE" not in os.environ:
+            signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, note)

@@ -1,0 +1,189 @@
+"""Replayed gradients equal eager ones bit for bit; captures follow plans and shapes; a refusal is one warning.
+
+On the CPU `make_fx` stands in for the capture: a replay is the recorded operations on the tensors that were there, and
+nothing else, so whatever Python decides in an iteration, outside the plan, shows as a difference from eager training.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import captured_gradients
+from captured_gradients import CapturedGradients, Results
+from few_shot_learning_system import MAMLFewShotClassifier
+from tests.test_few_shot_learning_system import tiny_batch, tiny_model
+
+LSLR = "learnable_per_layer_per_step_inner_loop_learning_rate"
+MAMLPP: dict[str, Any] = {LSLR: True, "per_step_bn_statistics": True, "use_multi_step_loss_optimization": True}
+MAMLPP |= {"multi_step_loss_num_epochs": 3, "clamp_outer_gradients": 0.01, "first_order_to_second_order_epoch": 0}
+METHODS: dict[str, dict[str, Any]] = {
+    "MAML": {}, "CxGrad": {"contextual_grad": True},
+    "MAML++": MAMLPP, "CxGrad MAML++": {**MAMLPP, "contextual_grad": True},
+    "ALFA": {"alfa": True}, "L2F": {"attenuate": True}, "ANIL": {"inner_loop_part": "head"},
+    "BOIL": {"inner_loop_part": "body"}, "Meta-SGD": {"meta_sgd": True}, "running": {"batch_norm": "running"},
+    "CxGrad task by task": {"contextual_grad": True, "tasks_per_pass": 1},
+    "CxGrad two tasks per pass": {"contextual_grad": True, "tasks_per_pass": 2},
+    "CxGrad checkpointed": {"contextual_grad": True, "checkpoint_inner_steps": True},
+    "MAML++ checkpointed": {**MAMLPP, "checkpoint_inner_steps": True, "tasks_per_pass": 3},
+}  # fmt: skip
+EPOCHS = (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
+
+
+class StandIn:
+    """This recorder lists the operations that a function runs; a replay runs them again on the same tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.captures, self.replays, self.warm_ups = model, 0, 0, 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.warm_ups += 1
+        yield
+
+    def record(self, function: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        written: list[Tensor] = []  # by every run, in the same places
+
+        def run() -> list[Tensor]:
+            outputs = [*function(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+            written.extend(outputs)
+            return outputs
+
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        graph = make_fx(run)()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # a CUDA capture lists operations only, make_fx has run them as well
+        for place in written:
+            place.fill_(torch.nan)
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            with torch.no_grad():
+                for place, value in zip(written, graph(), strict=True):
+                    place.copy_(value)
+
+        return tuple(written[:2]), replay
+
+
+def captured_model(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[MAMLFewShotClassifier, StandIn]:
+    model = tiny_model(dtype, **options)
+    recorder = StandIn(model)
+    model.captured = CapturedGradients(model._meta_gradients, model, recorder)
+    return model, recorder
+
+
+def train(model: MAMLFewShotClassifier, epochs: Sequence[int], first: int = 0, tasks: int = 3) -> list[Any]:
+    """Run an iteration in each epoch; return all reports and logits, which the experiment reads later too."""
+    kept = []
+    for number, epoch in enumerate(epochs, first):
+        kept.append(model.run_train_iter(tiny_batch(tasks, seed=number, dtype=torch.float32), epoch))
+        model.zero_grad()
+        if number % 4 == 3:
+            model.run_validation_iter(tiny_batch(2, seed=100 + number, dtype=torch.float32))
+    return kept
+
+
+def everything(model: MAMLFewShotClassifier, kept: Sequence[Any]) -> list[Tensor]:
+    """Return weights, statistics, Adam's state, and all losses, accuracies and logits."""
+    adam = [x for state in model.optimizer.state_dict()["state"].values() for x in state.values()]
+    scores = [x for report, logits in kept for x in (report["loss"], report["accuracy"], *logits)]
+    return [*model.state_dict().values(), *adam, *scores]
+
+
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_training_equals_eager_training_bit_for_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
+    eager = tiny_model(torch.float32, **METHODS[method])
+    replayed, recorder = captured_model(**METHODS[method])
+    expected = everything(eager, train(eager, EPOCHS))
+    assert same(everything(replayed, train(replayed, EPOCHS)), expected)
+    plans = 3 if "MAML++" in method else 1  # first order with MSL, second order with MSL, second order without
+    assert (recorder.captures, recorder.warm_ups, recorder.replays) == (plans, plans, len(EPOCHS) - plans)
+
+
+def test_a_capture_follows_three_eager_calls_and_every_change_of_shape_or_dtype() -> None:
+    model, recorder = captured_model()
+    train(model, [0] * 5, tasks=2)
+    assert (recorder.warm_ups, recorder.captures, recorder.replays) == (3, 1, 2)
+    train(model, [0] * 4, tasks=1)
+    assert (recorder.warm_ups, recorder.captures, recorder.replays) == (6, 2, 3)
+    model.double()
+    model.optimizer.state.clear()  # moments stay float32
+    train(model, [0] * 4, tasks=1)
+    assert (recorder.warm_ups, recorder.captures, recorder.replays) == (9, 3, 4)
+
+
+def test_the_gradients_of_a_replay_are_those_that_the_next_one_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_gradients, "WARM_UP", 0)
+    model, _ = captured_model(contextual_grad=True)
+    train(model, [0])
+    assert all(p.grad is None for p in model.parameters())
+    batches = [tiny_batch(seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    model.run_train_iter(batches[0], 0)
+    gradients = [p.grad for p in model.parameters()]
+    model.run_train_iter(batches[1], 0)
+    assert all(p.grad is gradient for p, gradient in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nstack"), torch.OutOfMemoryError("full")])
+def test_a_refused_capture_is_one_warning_and_the_run_goes_on(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
+    eager = tiny_model(torch.float32, **MAMLPP)
+    model, recorder = captured_model(**MAMLPP)
+
+    def refuse(function: Callable[[], Results]) -> Any:
+        function()  # the gradients are then tensors that nothing fills
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+        raise error
+
+    expected = everything(eager, train(eager, EPOCHS))
+    kept = train(model, EPOCHS[:1])
+    before = [buffer.clone() for buffer in model.buffers()]
+    monkeypatch.setattr(recorder, "record", refuse)
+    kept += train(model, EPOCHS[1:], first=1)
+    assert same(everything(model, kept), expected)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning == f"going on without CUDA graphs: {str(error).splitlines()[0]}"
+
+
+def test_an_error_of_the_learner_itself_is_no_refusal() -> None:
+    model, _ = captured_model(inner_loop_part="head")
+    model._planned_losses = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(TypeError):
+        train(model, [0])
+
+
+def test_a_run_that_is_resumed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
+    through, _ = captured_model(**METHODS["CxGrad MAML++"])
+    kept = train(through, EPOCHS)
+    stopped, _ = captured_model(**METHODS["CxGrad MAML++"])
+    first = train(stopped, EPOCHS[:5])
+    stopped.save_model(tmp_path / "run_latest", {})
+    resumed, recorder = captured_model(seed=1, **METHODS["CxGrad MAML++"])
+    train(resumed, EPOCHS[:3])  # a capture before loading is one of the same tensors
+    resumed.load_model(tmp_path, "run", "latest")
+    rest = train(resumed, EPOCHS[5:], first=5)
+    assert recorder.replays > 3
+    assert same(everything(resumed, [*first, *rest]), everything(through, kept))
+
+
+def test_without_a_gpu_nothing_is_captured() -> None:
+    assert tiny_model().captured is None and tiny_model(cuda_graph="off").captured is None
