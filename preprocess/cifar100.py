@@ -21,9 +21,11 @@ ZIP_ORIGIN = (
     "the CIFAR-FS archive of Bertinetto et al., which has all of CIFAR-100 (60,000 PNGs, about 134 MB), distributed "
     "with R2D2: https://github.com/bertinetto/r2d2"
 )
+ZIP_ADDRESS = f"https://zenodo.org/records/7978538/files/{ZIP}"
 OFFICIAL = "cifar-100-python.tar.gz"
 OFFICIAL_ORIGIN = "CIFAR-100, Python version, 169 MB: https://www.cs.toronto.edu/~kriz/cifar.html"
 OFFICIAL_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+OFFICIAL_ADDRESS = f"https://www.cs.toronto.edu/~kriz/{OFFICIAL}"
 OFFICIAL_BYTES = 2**28  # its largest member takes 155 MB
 PICKLES_ORIGIN = "MetaOptNet's pickles of it: https://github.com/kjunelee/MetaOptNet"
 
@@ -74,8 +76,14 @@ def _last(member: str) -> str:
 
 def _declare(name: str, **classes: int) -> DataSet:
     sources = (
-        Source((ZIP,), ZIP_ORIGIN, partial(from_zip, name)),
-        Source((OFFICIAL,), OFFICIAL_ORIGIN, partial(from_official, name), {OFFICIAL: OFFICIAL_MD5}),
+        Source((ZIP,), ZIP_ORIGIN, partial(from_zip, name), addresses={ZIP: (ZIP_ADDRESS,)}),
+        Source(
+            (OFFICIAL,),
+            OFFICIAL_ORIGIN,
+            partial(from_official, name),
+            {OFFICIAL: OFFICIAL_MD5},
+            {OFFICIAL: (OFFICIAL_ADDRESS,)},
+        ),
         array_files.source(PICKLES_ORIGIN, array_files.data_and_labels, f"{name}_{{}}.pickle"),
     )
     return DataSet(name, sources, Published(classes, 600))

@@ -13,6 +13,10 @@ from utils.errors import UserError
 ARCHIVE = "CUB_200_2011.tgz"
 ORIGIN = "Caltech-UCSD Birds-200-2011 (1.1 GB), from https://data.caltech.edu/records/65de6-vp158"
 MD5 = "97eceeb196236b17998738112f37df78"
+ADDRESSES = (
+    f"https://data.caltech.edu/records/65de6-vp158/files/{ARCHIVE}",
+    f"https://zenodo.org/records/8000562/files/{ARCHIVE}",
+)
 IMAGES = 11_788
 LIST = re.compile(r"(?:.*/)?CUB_200_2011/images\.txt")
 IMAGE = re.compile(r"(?:.*/)?CUB_200_2011/images/((\d{3})\.[^/]+)/([^./][^/]*)")  # class, its number, file
@@ -44,4 +48,5 @@ def photos(archives: Path) -> Iterator[Picture]:
 
 # Photos per split are not published.
 PUBLISHED = Published({"train": 100, "val": 50, "test": 50}, {"all": IMAGES})
-DATA_SETS = (DataSet("CUB", (Source((ARCHIVE,), ORIGIN, photos, {ARCHIVE: MD5}),), PUBLISHED),)
+SOURCE = Source((ARCHIVE,), ORIGIN, photos, {ARCHIVE: MD5}, {ARCHIVE: ADDRESSES})
+DATA_SETS = (DataSet("CUB", (SOURCE,), PUBLISHED),)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from preprocess import array_files, class_archives
 from preprocess.sources import DataSet, Published, Source, split_of_classes
+from preprocess.staging import SPLITS
 from preprocess.writing import Picture
 from utils.errors import UserError
 
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "ImageNet"
 METAOPTNET = "https://github.com/kjunelee/MetaOptNet"
+ZENODO = "https://zenodo.org/records/7978538/files/"  # learn2learn's copies of both data sets as Ren et al. have them
 REN = "https://github.com/renmengye/few-shot-ssl-public"
 
 
@@ -69,6 +71,11 @@ MINI_IMAGENET = DataSet(
             f"the pickles of Ren et al., 84x84: {REN}, https://www.kaggle.com/datasets/whitemoon/miniimagenet",
             array_files.image_data_and_class_dict,
             "mini-imagenet-cache-{}.pkl",
+        )._replace(
+            addresses={
+                f"mini-imagenet-cache-{split}.pkl": (f"{ZENODO}mini-imagenet-cache-{word}.pkl",)
+                for split, word in {"train": "train", "val": "validation", "test": "test"}.items()
+            }
         ),
         _folders("mini_imagenet", 600),
     ),
@@ -86,6 +93,12 @@ TIERED_IMAGENET = DataSet(
             f"the pickles of Ren et al., 84x84: {REN}",
             array_files.pngs_and_labels,
             *("{}_images_png.pkl", "{}_labels.pkl"),
+        )._replace(
+            addresses={
+                f"{split}_{file}": (f"{ZENODO}tiered-imagenet-{split}_{file}",)
+                for split in SPLITS
+                for file in ("images_png.pkl", "labels.pkl")
+            }
         ),
         _folders("tiered_imagenet", None),
     ),

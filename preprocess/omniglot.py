@@ -29,6 +29,7 @@ MD5 = {  # as its authors published the archives
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
+ADDRESSES = {name: (f"https://github.com/brendenlake/omniglot/raw/master/python/{name}",) for name in MD5}
 # Folder, alphabet, character, file.
 MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.ASCII)
 
@@ -82,4 +83,4 @@ def _drawings(path: Path) -> dict[str, tuple[str, str]]:
 
 
 PUBLISHED = Published(SPLIT_SIZES, IMAGES_PER_CLASS)
-DATA_SETS = (DataSet("omniglot", (Source(tuple(MD5), ORIGIN, pictures, MD5),), PUBLISHED),)
+DATA_SETS = (DataSet("omniglot", (Source(tuple(MD5), ORIGIN, pictures, MD5, ADDRESSES),), PUBLISHED),)

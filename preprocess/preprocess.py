@@ -1,11 +1,13 @@
 """Makes data sets ready for training: DATASET_DIR/NAME/{train,val,test}/CLASS/*.
 
 python preprocess/preprocess.py --datasets CIFAR_FS FC100 mini_imagenet tiered_imagenet CUB omniglot
+python preprocess/preprocess.py --datasets CIFAR_FS --download
 python preprocess/preprocess.py --datasets glyphs digits glyphs_colour
 python preprocess/preprocess.py --datasets flowers --from_folder DIR --split 0.64 0.16 0.2
 
-A data set that is there already is left alone. What needs an archive says which, and where to put it; the third
-line makes one of your own images. Any other NAME is made from an archive of class folders, NAME.zip or NAME.tar.
+A data set that is there already is left alone. What needs an archive says which, and where to put it; the second line
+fetches it (docs/data.md), the last makes a data set of your own images. Any other NAME is made from an archive of class
+folders, NAME.zip or NAME.tar.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 if not __package__:  # run as a script: Python looks for modules in this folder, not in the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess import class_archives, class_folders, staging
+from preprocess import class_archives, class_folders, fetching, staging
 from preprocess.sources import DataSet, check, choose, note, note_checksums
 from preprocess.staging import Maker
 from preprocess.writing import write_images
@@ -112,18 +114,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset_dir", type=Path, default=Path("datasets"), help="archives and data sets (%(default)s)"
     )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch missing archives into --dataset_dir; docs/data.md says from where",
+    )
     class_folders.add_options(parser)
     options = parser.parse_args(arguments)
     return entry.run(lambda: _run(options), "interrupted: no half data set is left; run the same command again")
 
 
 def _run(options: argparse.Namespace) -> None:
-    """Make all data sets; before the first, which may take long, look whether each can be made."""
+    """Make all data sets; before the first, which may take long, fetch archives and look whether each can be made."""
     from_folder = class_folders.maker(options)
+    if from_folder and options.download:
+        raise UserError("--download has nothing to fetch for a data set --from_folder: leave one of them out")
     reasons = []
     for name in options.datasets if not from_folder else ():
         try:
             if not is_plain(name) or not staging.is_present(find_dataset(options.dataset_dir, name)):
+                if options.download and is_plain(name):
+                    fetching.fetch(declared(name), options.dataset_dir)
                 maker(name, options.dataset_dir)
         except UserError as error:
             reasons.append(str(error))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from preprocess.staging import SPLITS, Contents, first_of
@@ -26,6 +27,7 @@ class Source(NamedTuple):
     origin: str  # what to fetch and where from
     pictures: Callable[[Path], Iterable[Picture]]  # from the folder of archives
     md5: Mapping[str, str] = {}  # of files in `needs`, where the publisher's is known
+    addresses: Mapping[str, tuple[str, ...]] = {}  # of all files in `needs`, or none: where `--download` fetches them
 
 
 class Published(NamedTuple):
@@ -77,7 +79,7 @@ def choose(data_set: DataSet, dataset_dir: Path) -> Source:
     forms: dict[str, list[str]] = {}  # origin -> files
     missing: list[Path] = []
     for source in data_set.sources:
-        lacks = [path for path in (dataset_dir / name for name in source.needs) if not _is_there(path)]
+        lacks = missing_files(source, dataset_dir)
         if not lacks:
             return source
         note = f" ({lacks[0]} is missing)" if len(lacks) < len(source.needs) else ""
@@ -88,22 +90,32 @@ def choose(data_set: DataSet, dataset_dir: Path) -> Source:
             raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there: mend or remove the link")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not an archive. Put the archive there as it is (do not unpack it)")
+    where = f"--datasets {data_set.name} --dataset_dir {quote(str(dataset_dir))}"
+    fetched = any(source.addresses for source in data_set.sources)
     raise UserError(
         f"{data_set.name} cannot be made: its archive is missing. Fetch one of these and put it into {dataset_dir} "
-        "as it is:" + "".join(f"\n  {' or '.join(files)}: {origin}" for origin, files in forms.items())
+        "as it is:"
+        + "".join(f"\n  {' or '.join(files)}: {origin}" for origin, files in forms.items())
+        + (f"\nOr have it fetched:\n  python preprocess/preprocess.py {where} --download" if fetched else "")
     )
 
 
-def _is_there(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and not path.suffix)
+def missing_files(source: Source, dataset_dir: Path) -> list[Path]:
+    """Return which of the files that a source needs are not there; folders must have no suffix."""
+    paths = [dataset_dir / name for name in source.needs]
+    return [path for path in paths if not path.is_file() and not (path.is_dir() and not path.suffix)]
+
+
+def md5_of(path: Path) -> str:
+    """Return the md5 of a file's contents, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def note_checksums(source: Source, dataset_dir: Path) -> None:
     """Log whether each archive is byte for byte the published one. Its contents decide, not this."""
     for name, published in source.md5.items():
-        with (dataset_dir / name).open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if found == published:
+        if (found := md5_of(dataset_dir / name)) == published:
             log.info("%s has its publisher's checksum", name)
         else:
             log.warning("%s is not the published file (md5 %s, not %s): its contents decide", name, found, published)

@@ -318,6 +318,7 @@ def test_a_missing_archive_says_every_form_where_to_get_it_and_where_to_put_it(
     error = capsys.readouterr().err
     assert f"{name} cannot be made: its archive is missing" in error and str(tmp_path) in error
     assert all(form in error for form in FORMS[name]) and "https://" in error
+    assert error.endswith(f"  python preprocess/preprocess.py --datasets {name} --dataset_dir {tmp_path} --download\n")
     assert f"{name}.zip or {name}.tar or " in error and "class folders {train,val,test}/CLASS/*" in error
     assert left_in(tmp_path) == []
 
@@ -326,8 +327,9 @@ def test_an_incomplete_form_is_named_and_the_next_one_is_taken(tmp_path: Path) -
     forms = tuple(Source(needs, "it", lambda archives: ()) for needs in (("a", "b"), ("c",), ("d",)))
     data_set = DataSet("x", forms)
     (tmp_path / "b").touch()
-    with pytest.raises(UserError, match=rf"a and b \({tmp_path}/a is missing\)"):
+    with pytest.raises(UserError, match=rf"a and b \({tmp_path}/a is missing\)") as error:
         choose(data_set, tmp_path)
+    assert "--download" not in str(error.value)  # none of them has an address
     (tmp_path / "d").touch()
     assert choose(data_set, tmp_path).needs == ("d",)
     (tmp_path / "c").touch()

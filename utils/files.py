@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from typing import IO, Any
 from uuid import uuid4
 
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -70,14 +73,17 @@ def only_process(folder: Path, purpose: str | None = None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --experiments_dir") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     with file as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if purpose else 0))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"another process is {purpose} in {folder}; wait for it or choose another folder"
-            ) from error
+            if purpose:
+                raise UserError(
+                    f"another process is {purpose} in {folder}; wait for it or choose another folder"
+                ) from error
+            log.info("waiting for another process that works in %s", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -35,10 +35,12 @@ def set_up_logging() -> None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its search for fonts
 
 
-def progress_bar(total: int, initial: int, title: str) -> "tqdm[Any]":
-    """Return a bar that shows itself on a terminal only, and in the main process only."""
+def progress_bar(total: int | None, initial: int, title: str, unit: str = "it") -> "tqdm[Any]":
+    """Return a bar that shows itself on a terminal only, and in the main process only; bytes ("B") as kB, MB, GB."""
     hidden = None if _is_main() else True
-    return tqdm(total=total, initial=initial, desc=title, leave=False, disable=hidden)
+    return tqdm(
+        total=total, initial=initial, desc=title, leave=False, disable=hidden, unit=unit, unit_scale=unit == "B"
+    )
 
 
 @contextmanager
