@@ -18,7 +18,7 @@ from utils import distributed
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
-from utils.names import canonical_name
+from utils.names import find_dataset
 from utils.options import Options
 from utils.progress import progress_bar
 from utils.scores import score
@@ -90,7 +90,7 @@ def meta_test(
         protocol = {
             "dataset": split.name,
             "split": "test",
-            "trained_on": canonical_name(options.dataset_name),
+            "trained_on": find_dataset(Path(options.dataset_dir), options.dataset_name).name,
             "episodes": options.num_evaluation_tasks,
             "way": way,
             "shot": shot,
