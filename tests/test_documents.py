@@ -19,7 +19,8 @@ from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import names, options
 from utils.options import parse_args
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,12 @@ def test_a_data_set_of_the_document_is_made(tmp_path: Path, monkeypatch: pytest.
     prepare("stripes", tmp_path)
     assert len(list((tmp_path / "stripes" / "train").iterdir())) == 6
     assert len(list((tmp_path / "stripes").glob("*/*/*.png"))) == 240
+
+
+def test_every_script_that_a_document_names_is_there() -> None:
+    texts = [file.read_text() for file in (ROOT / "README.md", ROOT / "datasets" / "README.md", *DOCS.glob("*.md"))]
+    named = {name for text in texts for name in re.findall(r"experiment_scripts/[\w/]+\.sh", text)}
+    assert len(named) > 5 and not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_wrong_plug_ins_are_refused_when_they_are_registered() -> None:
