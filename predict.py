@@ -86,8 +86,8 @@ def check_apart(files: Sequence[Path], pixels: np.ndarray, others: Sequence[Path
         if (first := known.setdefault(picture.tobytes(), path)) is not path:
             raise UserError(f"the support images {first} and {path} are the same picture; remove one of them")
     for path, picture in zip(others, other_pixels, strict=True):
-        if first := known.get(picture.tobytes()):
-            problem = f"the query image {path} is also a support image ({first}), whose class is known"
+        if same := known.get(picture.tobytes()):
+            problem = f"the query image {path} is also a support image ({same}), whose class is known"
             raise UserError(f"{problem}; take it out of one of the two")
 
 

@@ -131,7 +131,8 @@ class Predictor:
 
     def predict(self, images: Pictures) -> np.ndarray:
         """Return the most probable label of each image, (images,)."""
-        answers: np.ndarray = self.classes_[self.predict_proba(images).argmax(1)]
+        best = self.predict_proba(images).argmax(1)
+        answers: np.ndarray = self.classes_[best]
         return answers
 
     def leave_one_out(self) -> Estimate | None:

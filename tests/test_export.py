@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def model(cxgrad: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def front_matter(folder: Path) -> dict[str, object]:
+def front_matter(folder: Path) -> dict[str, Any]:
     """The head of a card, whose values are JSON, which is YAML too, or plain words."""
     start, head, _ = (folder / "README.md").read_text().split("---\n", 2)
     assert start == ""
@@ -123,7 +124,7 @@ def test_the_card_says_what_the_model_is_and_what_was_measured(model: Path) -> N
     assert "answers depend on what else is classified" in card
     head = front_matter(model)
     assert (head["library_name"], head["pipeline_tag"]) == ("pytorch", "image-classification")
-    (index,) = head["model-index"]  # type: ignore[misc]
+    (index,) = head["model-index"]
     assert index["name"] == "model"
     assert index["results"][0]["metrics"][0]["value"] == result["accuracy"]
     assert index["results"][0]["dataset"] == {"type": "colours", "name": "colours", "split": "test"}

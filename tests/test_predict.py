@@ -148,9 +148,6 @@ def test_it_runs_from_the_shell(cxgrad: Path, here: Path) -> None:
     done = subprocess.run([*command, "--gpu", "cpu"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("written: predictions/predictions.csv, predictions/predictions.png\n")
-    failed = subprocess.run([*command, "--out", "predictions"], capture_output=True, text=True)
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("error: predictions holds predictions.csv already")
 
 
 # --- what it says --------------------------------------------------------------------------------------------------

@@ -84,9 +84,17 @@ def test_classes_may_differ_in_their_numbers_of_images_and_come_in_any_order(che
     np.testing.assert_allclose(again.predict_proba(query), found, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [CXGRAD, [*CXGRAD[:6], "--meta_sgd", "true"]], ids=["CxGrad", "MetaSGD"])
-def test_fewer_classes_use_the_first_rows_of_the_linear_classifier(method: list[str], tmp_path: Path) -> None:
-    state = checkpoints.load(best(train(tmp_path, *method)))
+@pytest.fixture(scope="module")
+def meta_sgd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has a rate for each weight, those of the linear classifier among them."""
+    return best(train(tmp_path_factory.mktemp("meta_sgd"), *CXGRAD[:6], "--meta_sgd", "true"))
+
+
+@pytest.mark.parametrize("name", ["cxgrad", "meta_sgd"])
+def test_fewer_classes_use_the_first_rows_of_the_linear_classifier(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    state = checkpoints.load(request.getfixturevalue(name))
     files, labels = images_of(tmp_path / "support", 2, 3)
 
     def answers() -> np.ndarray:
@@ -159,9 +167,7 @@ def test_what_cannot_work_is_said(cxgrad: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 classes given"):
         predictor.fit([], [])
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
-    with pytest.raises(
-        UserError, match=r"cannot read .*torn.jpg \(UnidentifiedImageError.*; .*absent.png \(FileNotFound"
-    ):
+    with pytest.raises(UserError, match=r"cannot read .*torn.jpg \(OSError: Truncated.*; .*absent.png \(FileNotFound"):
         predictor.fit([tmp_path / "torn.jpg", tmp_path / "absent.png", *files[2:]], labels)
     with pytest.raises(UserError, match=r"cannot read image 1 \(ValueError: an array of float64"):
         predictor.fit([np.zeros((8, 8), np.uint8), np.zeros((8, 8))], labels[1:3])
