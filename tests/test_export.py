@@ -143,7 +143,7 @@ def test_a_model_that_was_not_tested_says_so(cxgrad: Path, tmp_path: Path, capsy
     export(tmp_path / "run", tmp_path / "model")
     assert "warning: the experiment was not meta-tested" in capsys.readouterr().out
     assert "\nNot meta-tested.\n" in (tmp_path / "model" / "README.md").read_text()
-    assert front_matter(tmp_path / "model")["model-index"] == []
+    assert "model-index" not in front_matter(tmp_path / "model")
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from preprocess.contact_sheet import FAINT, GAP, HEADING, INK, PAPER, SIDE, font, paste
 
 COLUMNS, SHOWN = 10, 100  # images in a row; query images of a class, at most
+NARROWEST = 6  # columns that headings have room in
 LABEL, CAPTION = 64, 30  # pixels: width of the rows' names; height of a query's name and probability
 LETTERS = 12  # of a file's name
 
@@ -25,7 +26,8 @@ def prediction_sheet(classes: Sequence[Answered]) -> Image.Image:
     """Return the sheet, query images in the order of their probability; of many the most and the least certain."""
     shown = [one._replace(support=one.support[:COLUMNS], queries=ends(one.queries)) for one in classes]
     height = sum(HEADING + SIDE + GAP + rows(one) * (SIDE + CAPTION) for one in shown)
-    sheet = Image.new("RGB", (LABEL + COLUMNS * (SIDE + GAP), height + GAP), PAPER)
+    used = max(NARROWEST, *(min(COLUMNS, max(len(one.support), len(one.queries))) for one in shown))
+    sheet = Image.new("RGB", (LABEL + used * (SIDE + GAP), height + GAP), PAPER)
     draw, large, small = ImageDraw.Draw(sheet), font(13), font(10)
     top = 0
     for one, all_of in zip(shown, classes, strict=True):
