@@ -124,7 +124,8 @@ def results_of(experiment: Path, state: Mapping[str, Any]) -> list[dict[str, Any
     try:
         rows = json.loads(file.read_text())
         epoch = f"epoch_{state['history'][-1]['epoch']}"
-        own = [row for row in rows if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]
+        single = [row for row in rows if not row["model"].startswith("top-")]
+        own = [row for row in single if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
     if left_out := len(rows) - len(own):
