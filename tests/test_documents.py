@@ -26,7 +26,8 @@ from utils import export, names, options
 from utils.options import parse_args
 from utils.synthetic import write_dataset
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 ENTRIES: dict[str, Callable[[list[str]], object]] = {
     "python predict.py": predict.main,
     "python test.py": test_entry.main,
@@ -99,7 +100,7 @@ def run_commands(document: str) -> list[str]:
 def beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder in which the project's models and documents are found as in its own."""
     for name in ("models", "docs"):
-        (tmp_path / name).symlink_to(DOCS.parent / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -122,9 +123,15 @@ def test_the_commands_on_predicting_run(beside_the_project: Path) -> None:
 
 
 def test_the_readmes_command_for_predicting_runs(beside_the_project: Path) -> None:
-    (line,) = re.findall(r"^python predict\.py .*$", (DOCS.parent / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^python predict\.py .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     predict.main(shlex.split(line)[2:])
     assert Path("predictions/predictions.csv").is_file()
+
+
+def test_every_script_that_a_document_names_is_there() -> None:
+    texts = [file.read_text() for file in (ROOT / "README.md", ROOT / "datasets" / "README.md", *DOCS.glob("*.md"))]
+    named = {name for text in texts for name in re.findall(r"experiment_scripts/[\w/]+\.sh", text)}
+    assert len(named) > 5 and not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_wrong_plug_ins_are_refused_when_they_are_registered() -> None:
