@@ -15,6 +15,7 @@ from torch import Tensor
 from data import Episodes, Normalization, evaluation_episodes, open_dataset
 from learner import FewShotLearner
 from utils import distributed
+from utils.confusion import write_confusion
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
@@ -108,6 +109,7 @@ def meta_test(
         ]
         if distributed.is_main():
             write_results(folder / "logs", tested)
+            write_confusion(folder / "logs", episodes, logits[0])
             with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}.npz") as file:
                 np.savez_compressed(file, **sample_episode(episodes, logits[0][0]))
         for result in tested:
