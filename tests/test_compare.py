@@ -1,12 +1,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.browser import Browser
 from tests.made_runs import ROWS, result, write_options, write_results, write_run
-from utils.compare import check_comparable, draw, read_runs, sources, table, tests_of
+from utils.compare import check_comparable, draw, outcomes, read_runs, sources, table
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,33 +15,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """CxGrad with test results and a published row; a method of one's own that is not tested yet."""
+    """MAML with test results and a published row; a method of one's own that is not tested yet."""
     folder = tmp_path / "CIFAR_FS_5way_5shot"
-    cxgrad, own = write_run(folder / "CxGrad_4conv"), write_run(folder / "own", ROWS[:2])
-    for run in (cxgrad, own):
+    maml, own = write_run(folder / "maml_4conv"), write_run(folder / "own", ROWS[:2])
+    for run in (maml, own):
         write_options(run, dataset_name="CIFAR_FS", num_samples_per_class=5, experiment_name=run.name)
-    of_test = {"trained_on": "CIFAR_FS", "shot": 5}
+    of_test: dict[str, Any] = {"trained_on": "CIFAR_FS", "shot": 5}
     write_results(
-        cxgrad,
+        maml,
         result("CIFAR_FS", 0.74, **of_test),
         result("CIFAR_FS", 0.76, ensemble=True, **of_test),
         result("CUB", 0.5, **of_test),
     )
-    return [cxgrad, own]
+    return [maml, own]
 
 
 def test_table_has_runs_tests_and_the_published_accuracy_of_the_row(runs: list[Path]) -> None:
     found = read_runs(runs)
-    tests = tests_of(found)
+    tests = outcomes(found)
     _, own_data, other_data, untested = table(found, tests)
-    start = ["CIFAR_FS_5way_5shot/CxGrad_4conv", "73.46 ± 1.11 (epoch 2)"]
+    start = ["CIFAR_FS_5way_5shot/maml_4conv", "73.46 ± 1.11 (epoch 2)"]
     number = str(tests[0].published and tests[0].published.accuracy)
     assert own_data[:5] == [*start, "CIFAR_FS, 5-way 5-shot", "74.00 ± 1.31", "76.00 ± 1.31"]
     assert own_data[5].startswith(number)
     assert other_data == [*start, "CUB, 5-way 5-shot", "50.00 ± 1.31", "–", "–"]
     assert untested == ["CIFAR_FS_5way_5shot/own", "73.46 ± 1.11 (epoch 2)", "not tested", "–", "–", "–"]
     (source,) = sources(tests)
-    assert source.startswith("CxGrad, 4-CONV, CIFAR-FS 5-way 5-shot: ") and number in source
+    assert source.startswith("MAML, 4-CONV, CIFAR-FS 5-way 5-shot: ") and number in source
 
 
 def test_a_head_is_compared_shot_by_shot(tmp_path: Path) -> None:
@@ -48,19 +49,20 @@ def test_a_head_is_compared_shot_by_shot(tmp_path: Path) -> None:
     write_options(folder, learner="head", dataset_name="CIFAR_FS", experiment_name=folder.name)
     write_results(folder, *(result("CIFAR_FS", 0.7, trained_on="CIFAR_FS", shot=shot) for shot in (1, 5)))
     numbers = [
-        test.published and (test.published.shot, test.published.accuracy) for test in tests_of(read_runs([folder]))
+        test.published and (test.published.shot, test.published.accuracy) for test in outcomes(read_runs([folder]))
     ]
     assert [number and number[0] for number in numbers] == [1, 5]
 
 
 def test_picture_shows_curves_with_intervals_and_tests(runs: list[Path]) -> None:
     found = read_runs(runs)
-    curves, points = draw(found, tests_of(found)).axes
+    axes: list[Any] = draw(found, outcomes(found)).axes
+    curves, points = axes
     assert [line.get_label() for line in curves.lines] == [run.title for run in found]
     assert [len(line.get_xdata()) for line in curves.lines] == [3, 2] and len(curves.collections) == 2
     assert [label.get_text() for label in points.get_yticklabels()] == [
-        "CIFAR_FS_5way_5shot/CxGrad_4conv\nCIFAR_FS, 5-way 5-shot",
-        "CIFAR_FS_5way_5shot/CxGrad_4conv\nCUB, 5-way 5-shot",
+        "CIFAR_FS_5way_5shot/maml_4conv\nCIFAR_FS, 5-way 5-shot",
+        "CIFAR_FS_5way_5shot/maml_4conv\nCUB, 5-way 5-shot",
     ]
     assert len(draw(found, []).axes) == 1
 
@@ -75,8 +77,8 @@ def test_what_cannot_be_compared_is_an_error(runs: list[Path], tmp_path: Path) -
     write_results(runs[1], result("CIFAR_FS", 0.7))
     own = read_runs(runs[1:])
     with pytest.raises(UserError, match="no accuracy is published for its row"):
-        check_comparable(own, tests_of(own))
-    check_comparable(found := read_runs(runs[:1]), tests_of(found))
+        check_comparable(own, outcomes(own))
+    check_comparable(found := read_runs(runs[:1]), outcomes(found))
 
 
 def compare(*words: object) -> subprocess.CompletedProcess[str]:

@@ -138,15 +138,19 @@ def test_a_name_in_one_line_is_short() -> None:
 # ---------------------------------------------------------------- what figures show
 
 
+def axes_of(figure: Any) -> list[Any]:
+    assert figure
+    return list(figure.axes)
+
+
 def lines_of(axes: Any) -> dict[str, np.ndarray]:
     return {line.get_label(): line.get_ydata() for line in axes.lines}
 
 
 def test_gradient_norms_are_drawn_before_and_after_scaling(folder: Path) -> None:
     write_inside(folder)
-    figure = draw_gradient_norms(read_run(folder))
-    assert figure
-    without, scaled = figure.axes
+    axes = axes_of(draw_gradient_norms(read_run(folder)))
+    without, scaled = axes
     assert without.get_title(loc="left") == "Without contextual scaling"
     assert scaled.get_title(loc="left") == "With contextual scaling"
     assert [*lines_of(without)] == [*lines_of(scaled)] == [*LAYERS]
@@ -156,9 +160,8 @@ def test_gradient_norms_are_drawn_before_and_after_scaling(folder: Path) -> None
 
 def test_gammas_are_drawn_over_training_with_their_spread(folder: Path) -> None:
     write_inside(folder)
-    figure = draw_gammas(read_run(folder))
-    assert figure
-    level, spread = figure.axes
+    axes = axes_of(draw_gammas(read_run(folder)))
+    level, spread = axes
     assert [line.get_xdata().tolist() for line in level.lines] == [[500, 1000, 1500]] * 3
     assert [line.get_ydata()[0] for line in level.lines] == [2, 3, 4] and len(level.collections) == 3
     assert lines_of(spread)["conv0"] == pytest.approx([0.1] * 3)
@@ -167,9 +170,8 @@ def test_gammas_are_drawn_over_training_with_their_spread(folder: Path) -> None:
 def test_steps_are_drawn_of_the_first_a_middle_and_the_last_epoch(folder: Path) -> None:
     write_inside(folder, epochs=9)
     write_options(folder)
-    figure = draw_steps(read_run(folder))
-    assert figure
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    axes = axes_of(draw_steps(read_run(folder)))
+    labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert labels == ["chance, 20 %", "epoch 1", "epoch 5", "epoch 9"]
 
 
@@ -178,24 +180,23 @@ def test_a_head_shows_what_it_has(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "head", rows, f"{CSV_HEADER},unsolved")
     assert draw_head(read_run(folder)) is None
     write_inside(folder, head=True)
-    figure = draw_head(read_run(folder))
-    assert figure
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    axes = axes_of(draw_head(read_run(folder)))
+    titles = [panel.get_title(loc="left") for panel in axes]
     assert titles == ["DropBlock", "Residual of the solution", "Training tasks not solved"]
-    assert lines_of(figure.axes[0]).popitem()[1] == pytest.approx([98, 96, 94])
-    assert [bar.get_height() for bar in figure.axes[2].patches] == [0, 2, 0]
+    assert lines_of(axes[0]).popitem()[1] == pytest.approx([98, 96, 94])
+    assert [bar.get_height() for bar in axes[2].patches] == [0, 2, 0]
 
 
 def test_few_classes_make_a_map_and_many_a_list_of_extremes(folder: Path) -> None:
     write_confusion(folder, classes=6)
     (pairs,) = read_run(folder).confusions.values()
-    axes, right, _ = draw_confusion(pairs).axes
+    axes, right, _ = axes_of(draw_confusion(pairs))
     rates = axes.images[0].get_array()
     assert rates[0, 1] == 50 and np.ma.masked_invalid(rates).sum() == 50
     assert [bar.get_width() for bar in right.patches] == [50, *[100] * 5]
     write_confusion(folder, classes=45)
     (pairs,) = read_run(folder).confusions.values()
-    least, worst = draw_confusion(pairs).axes
+    least, worst = axes_of(draw_confusion(pairs))
     assert least.get_yticklabels()[0].get_text() == "class 0" and least.patches[0].get_width() == 50
     assert worst.get_yticklabels()[0].get_text() == "class 0 → class 1" and worst.patches[0].get_width() == 50
 

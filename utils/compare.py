@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import entry, published
 from utils.errors import UserError
@@ -29,8 +29,8 @@ MOST = len(COLOURS)  # more lines cannot be told apart
 HEADINGS = ["run", "best validation", "test", "single", "ensemble", "published"]
 
 
-class Test(NamedTuple):
-    """A test is what one run reached on one data set with one shot."""
+class Outcome(NamedTuple):
+    """An outcome is what one run reached on one data set with one shot."""
 
     run: Run
     results: list[Result]  # of the single best checkpoint and of ensembles
@@ -53,7 +53,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [read_run(folder) for folder in different]
 
 
-def tests_of(runs: Sequence[Run]) -> list[Test]:
+def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """Return each run's tests on each data set and shot."""
     rows, found = published.by_row(published.read()), []
     for run in runs:
@@ -63,18 +63,18 @@ def tests_of(runs: Sequence[Run]) -> list[Test]:
             first = results[0]
             numbers = [line for line in lines if line.shot == first.shot and line.accuracy is not None]
             own = dataset == first.trained_on and bool(lines) and lines[0].way == first.way
-            found.append(Test(run, results, numbers[0] if own and numbers else None))
+            found.append(Outcome(run, results, numbers[0] if own and numbers else None))
     return found
 
 
-def check_comparable(runs: Sequence[Run], tests: Sequence[Test]) -> None:
+def check_comparable(runs: Sequence[Run], tests: Sequence[Outcome]) -> None:
     """Raise UserError where there is nothing to compare."""
     if len(runs) == 1 and not any(test.published for test in tests):
         problem = "it is not tested yet" if not tests else "no accuracy is published for its row"
         raise UserError(f"there is nothing to compare {runs[0].folder} with: {problem}. Name a second experiment")
 
 
-def table(runs: Sequence[Run], tests: Sequence[Test]) -> list[list[str]]:
+def table(runs: Sequence[Run], tests: Sequence[Outcome]) -> list[list[str]]:
     """Return headings and a row for each run and test; accuracies in % with the 95 % CI per episode."""
     rows = [HEADINGS]
     for run in runs:
@@ -86,7 +86,7 @@ def table(runs: Sequence[Run], tests: Sequence[Test]) -> list[list[str]]:
     return rows
 
 
-def _cells(test: Test) -> list[str]:
+def _cells(test: Outcome) -> list[str]:
     single, ensemble = (
         [f"{r.accuracy:.2f} ± {r.ci95_per_episode:.2f}" for r in test.results if ("ensemble" in r.model) == wanted]
         for wanted in (False, True)
@@ -95,7 +95,7 @@ def _cells(test: Test) -> list[str]:
     return [test.name, " ".join(single) or "–", " ".join(ensemble) or "–", number or "–"]
 
 
-def sources(tests: Sequence[Test]) -> list[str]:
+def sources(tests: Sequence[Outcome]) -> list[str]:
     """Return where the published numbers come from, a sentence for each."""
     numbers = dict.fromkeys(test.published for test in tests if test.published)
     return [
@@ -105,7 +105,7 @@ def sources(tests: Sequence[Test]) -> list[str]:
     ]
 
 
-def draw(runs: Sequence[Run], tests: Sequence[Test]) -> "Figure":
+def draw(runs: Sequence[Run], tests: Sequence[Outcome]) -> "Figure":
     """Draw the validation accuracy of all runs by iteration and, where there are tests, what they reached."""
     colours = {run.title: colour for run, colour in zip(runs, COLOURS, strict=False)}
     height = max(4.2, 1.4 + 0.55 * len(tests))
@@ -126,19 +126,20 @@ def draw(runs: Sequence[Run], tests: Sequence[Test]) -> "Figure":
     return figure
 
 
-def _draw_tests(axes: "Axes", tests: Sequence[Test], colours: dict[str, str]) -> None:
+def _draw_tests(axes: "Axes", tests: Sequence[Outcome], colours: dict[str, str]) -> None:
     """Draw a line for each test: single best, ensemble with CI and, as a diamond, the published accuracy."""
     for place, test in enumerate(tests):
         for result in test.results:
             ensemble = "ensemble" in result.model
-            style = {"fmt": "s" if ensemble else "o", "markerfacecolor": "white" if ensemble else None}
-            at = place + (0.13 if ensemble else -0.13)
             colour = colours[test.run.title]
-            axes.errorbar(result.accuracy, at, xerr=result.ci95_per_episode, color=colour, capsize=3, **style)
+            at, face = (place + 0.13, "white") if ensemble else (place - 0.13, colour)
+            style: dict[str, Any] = {"fmt": "s" if ensemble else "o", "color": colour, "markerfacecolor": face}
+            axes.errorbar(result.accuracy, at, xerr=result.ci95_per_episode, capsize=3, **style)
         if test.published:
             axes.plot(float(test.published.accuracy or 0), place, "D", color=PUBLISHED, markersize=6)
-    for style, label, face in (("o", "single best", None), ("s", "ensemble", "white"), ("D", "published", PUBLISHED)):
-        axes.plot([], [], style, color=PUBLISHED, markerfacecolor=face or "#5b6472", label=label)
+    keys = [("o", "single best", "grey"), ("s", "ensemble", "white"), ("D", "published", PUBLISHED)]
+    for marker, label, face in keys if any(test.published for test in tests) else keys[:2]:
+        axes.plot([], [], marker, color=PUBLISHED, markerfacecolor=face, label=label)
     dress(axes, "Test accuracy, 95 % CI per episode", xlabel="accuracy (%)")
     axes.set_yticks(range(len(tests)), [f"{test.run.title}\n{test.name}" for test in tests], parse_math=False)
     axes.tick_params(axis="y", labelsize=8)
@@ -158,7 +159,7 @@ def main() -> None:
     if arguments.to.suffix != ".html":
         raise UserError(f"--to is {arguments.to}; it takes the name of a page, such as comparison.html")
     runs = read_runs(arguments.folders)
-    tests = tests_of(runs)
+    tests = outcomes(runs)
     check_comparable(runs, tests)
     rows, read_in = table(runs, tests), sources(tests)
     print(

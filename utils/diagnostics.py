@@ -102,8 +102,9 @@ def _inner_steps(model: MAMLFewShotClassifier, tasks: Tasks) -> Series:
         return {"accuracy": right.double().mean(1)}
 
     def scaling(step: InnerStep) -> dict[str, Tensor]:
-        scaled = model.rules["CxGrad"].names
-        return {f"gamma/{layer(name)}": norms(step.used[name]) for name in scaled if is_layer(step.used[name])}
+        rule = model.rules[CxGrad.__name__]
+        assert isinstance(rule, CxGrad)
+        return {f"gamma/{layer(name)}": norms(step.used[name]) for name in rule.names if is_layer(step.used[name])}
 
     if CxGrad.__name__ not in model.rules:
         return _along(model, tasks, accuracy, gradient_norms)

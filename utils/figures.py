@@ -40,9 +40,9 @@ def pictures(run: Run) -> Iterator[Picture]:
     for name, (title, caption, make) in OF_TRAINING.items():
         if figure := make(run):
             yield Picture(name, title, caption, png(figure))
-    for dataset, episode in run.episodes.items():
-        caption = "The first task of the test and the answers of the best checkpoint."
-        yield Picture(f"episode_{dataset}", f"Test episode: {dataset}", caption, png(draw_episode(dataset, episode)))
+    for name, episode in run.episodes.items():
+        title, caption = re.sub(r"\.(\d)$", r", task \1", name), "A task of the test and the best checkpoint's answers."
+        yield Picture(f"episode_{name}", f"Test episode: {title}", caption, png(draw_episode(title, episode)))
     for test, pairs in run.confusions.items():
         name, title = f"confusion_{test.replace(' ', '_')}", f"Confusion between classes: {test}"
         yield Picture(name, title, CONFUSION, png(draw_confusion(pairs)))
@@ -75,7 +75,7 @@ def shades(count: int) -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(colormaps["viridis"](place)) for place in np.linspace(0, 0.88, max(count, 1))[:count]]
+    return [to_hex(colormaps["viridis"](place)) for place in np.linspace(0, 0.85, count)]
 
 
 def marks(points: int) -> dict[str, Any]:
@@ -161,16 +161,24 @@ def draw_steps(run: Run) -> "Figure | None":
         return None
     places = sorted({0, len(records) // 2, len(records) - 1})
     figure, (axes,) = plain((6, 3.6))
-    for record, colour in zip([records[place] for place in places], shades(len(places)), strict=True):
+    for offset, (place, colour) in enumerate(zip(places, shades(len(places)), strict=True)):
+        record = records[place]
         mean, std = (100 * values for values in series(record, "accuracy")[""].values())
         steps, ci = np.arange(1, len(mean) + 1), 1.96 * std / record["tasks"] ** 0.5
-        axes.errorbar(steps, mean, ci, color=colour, capsize=3, label=f"epoch {record['epoch']}", **marks(1))
+        beside = steps + 0.04 * (offset - len(places) // 2)  # so that intervals do not hide one another
+        axes.errorbar(beside, mean, ci, color=colour, capsize=3, label=f"epoch {record['epoch']}", **marks(1))
     if run.setup:
         chance = run.setup.chance
         axes.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.2, label=f"chance, {chance:.3g} %")
     dress(axes, "Accuracy after each inner step", xlabel="inner step", ylabel="accuracy (%)", xticks=steps)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def layer_colours(run: Run) -> dict[str, str]:
+    """Return a colour for each layer, the same in all pictures."""
+    layers = series(run.diagnostics[-1], "gradient_norm")
+    return dict(zip(layers, shades(len(layers)), strict=True))
 
 
 def draw_gradient_norms(run: Run) -> "Figure | None":
@@ -181,7 +189,7 @@ def draw_gradient_norms(run: Run) -> "Figure | None":
         return None
     titles = ("Without contextual scaling", "With contextual scaling") if unscaled else ("Gradient norms",)
     figure, panels = plain((10, 3.8) if unscaled else (6.5, 3.8), len(titles), sharey=True)
-    colours = dict(zip(used, shades(len(used)), strict=True))
+    colours = layer_colours(run)
     for axes, norms, title in zip(panels, (unscaled, used)[-len(titles) :], titles, strict=True):
         for name, values in norms.items():
             steps = np.arange(1, len(values["mean"]) + 1)
@@ -203,8 +211,9 @@ def draw_gammas(run: Run) -> "Figure | None":
     if not found:
         return None
     figure, (level, spread) = plain((10, 3.8), 2)
-    done, layers = [iterations for iterations, _ in found], list(found[-1][1])
-    for name, colour in zip(layers, shades(len(layers)), strict=True):
+    done, colours = [iterations for iterations, _ in found], layer_colours(run)
+    for name in found[-1][1]:
+        colour = colours[name]
         mean, std = (np.array([gammas[name][what].mean() for _, gammas in found]) for what in ("mean", "std"))
         level.plot(done, mean, color=colour, **marks(len(done)))
         level.fill_between(done, mean - std, mean + std, color=colour, alpha=0.2, linewidth=1)
@@ -254,6 +263,8 @@ def _draw_unsolved(axes: "Axes", run: Run) -> None:
     axes.bar(column(run.epochs, "epoch"), unsolved, color=WRONG)
     dress(axes, "Training tasks not solved", xlabel="epoch", ylabel="tasks", ylim=(0, max(1, 1.1 * unsolved.max())))
     axes.locator_params(axis="both", integer=True)
+    if not unsolved.any():
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=SUPPORT)
 
 
 HEAD_PANELS: dict[str, tuple[Callable[[Run], Any], "Callable[[Axes, Run], None]"]] = {
@@ -320,40 +331,35 @@ def draw_confusion(pairs: Sequence[Pair]) -> "Figure":
     axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7, parse_math=False)
     axes.set_yticks(range(len(names)), labels, fontsize=7, parse_math=False)
     axes.set(xlabel="answer", ylabel="class")
-    _draw_bars(bars, list(own.values()), RIGHT, "right (%)")
+    _draw_bars(bars, [*own.values()], [f"{rate:.0f}" for rate in own.values()], RIGHT, "right (%)")
+    axes.set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
-def _draw_bars(axes: "Axes", values: Sequence[float], colour: str, label: str) -> None:
+def _draw_bars(axes: "Axes", values: Sequence[float], texts: Sequence[str], colour: str, label: str) -> None:
     axes.barh(range(len(values)), values, color=colour, height=0.7)
-    for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.0f}", va="center", size=7)
+    for place, (value, text) in enumerate(zip(values, texts, strict=True)):
+        axes.text(value, place, f" {text}", va="center", size=7)
     axes.set(xlabel=label, xlim=(0, 1.15 * max([*values, 1])))
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_extremes(pairs: Sequence[Pair], own: Mapping[str, float]) -> "Figure":
     figure, panels = plain((10, 1.2 + 0.24 * EXTREMES), 2)
-    others = [pair for pair in pairs if pair.true != pair.predicted]
+    others = [pair for pair in pairs if pair.true != pair.predicted and pair.answers]
     sure = [pair for pair in others if pair.of >= FEW] or others
     worst = sorted(sure, key=lambda pair: -pair.rate)[:EXTREMES]
     least = sorted(own, key=own.__getitem__)[:EXTREMES]
     answers = [f"{one_line(pair.true)} → {one_line(pair.predicted)}" for pair in worst]
-    shown = (
-        (
-            [one_line(name) for name in least],
-            [own[name] for name in least],
-            RIGHT,
-            "right (%)",
-            "Least accurate classes",
-        ),
-        (answers, [100 * pair.rate for pair in worst], WRONG, "taken for the other (%)", "Most frequent mistakes"),
-    )
-    for axes, (labels, values, colour, label, title) in zip(panels, shown, strict=True):
+    accuracies, rates = [own[name] for name in least], [100 * pair.rate for pair in worst]
+    counts = [f"{pair.answers} of {pair.of}" for pair in worst]
+    _draw_bars(panels[0], accuracies, [f"{rate:.0f}" for rate in accuracies], RIGHT, "right (%)")
+    _draw_bars(panels[1], rates, counts, WRONG, "taken for the other (%)")
+    titles = "Least accurate classes", "Most frequent mistakes"
+    for axes, labels, title in zip(panels, ([one_line(name) for name in least], answers), titles, strict=True):
         axes.set_yticks(range(len(labels)), labels, fontsize=7, parse_math=False)
-        _draw_bars(axes, values, colour, label)
         axes.set_title(title, loc="left", fontsize=10.5)
-        axes.invert_yaxis()
+        axes.set_ylim(EXTREMES - 0.5, -0.5)
     return figure
 
 

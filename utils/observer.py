@@ -54,25 +54,26 @@ class Observer:
             with self._harmless("tracker"):
                 if self.tracker:
                     self.tracker.scalars(curves(row, self.options.total_iter_per_epoch), int(row["iterations"]))
-            last = row["epoch"] >= self.options.total_epochs
-            if last or time.monotonic() - self.drawn > DRAW_EVERY_SECONDS:
-                self._draw(int(row["iterations"]))
+            if time.monotonic() - self.drawn > DRAW_EVERY_SECONDS:
+                self._draw(int(row["iterations"]), with_test=False)
 
     def tested(self, results: Sequence[Mapping[str, Any]], iteration: int) -> None:
         """Pass on the results of a test, and draw them."""
         if distributed.is_main():
-            self._draw(iteration)
+            self._draw(iteration, with_test=True)
             with self._harmless("tracker"):
                 if self.tracker:
                     self.tracker.results(dataclasses.asdict(self.options), accuracies(results))
                     self.tracker.close()
                     self.tracker = None
 
-    def _draw(self, iteration: int) -> None:
+    def _draw(self, iteration: int, with_test: bool) -> None:
+        """Draw the report; without the pictures of an earlier test, which take longest and are out of date."""
         if self.options.dry_run:  # nobody sees it, and the rehearsal of a hundred scripts would take minutes longer
             return
         with self._harmless("report"):
-            for picture in update_report(read_run(self.folder)):
+            run = read_run(self.folder)
+            for picture in update_report(run if with_test else run._replace(episodes={}, confusions={})):
                 if self.tracker:
                     self.tracker.picture(picture.name, picture.png, iteration)
         self.drawn = time.monotonic()

@@ -108,7 +108,7 @@ class Run(NamedTuple):
     epochs: list[Epoch]
     diagnostics: list[dict[str, Any]]  # one record per epoch, see utils/diagnostics.py
     results: list[Result]
-    episodes: dict[str, Episode]  # by the data set; that of training comes first
+    episodes: dict[str, Episode]  # by the data set, with .2 and so on; that of training comes first
     confusions: dict[str, list[Pair]]  # by the data set and shot
 
     @property
@@ -170,18 +170,22 @@ def _result(entry: Mapping[str, Any]) -> Result:
         f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
         f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
     )
-    of_test = (entry[name] for name in ("dataset", "trained_on", "model"))
+    plain = {name: entry[name] for name in ("dataset", "trained_on", "model", "way", "shot")}
+    scores = {name: 100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query")}
     checkpoints = f"{entry['model']}: {', '.join(entry['checkpoints'])}"
-    scores = (100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query"))
-    return Result(*of_test, checkpoints, entry["way"], entry["shot"], *scores, protocol)
+    return Result(**plain, **scores, checkpoints=checkpoints, protocol=protocol)
 
 
 def read_episodes(folder: Path) -> dict[str, Episode]:
-    """Return the sample episodes by their data sets, that trained on first; raises UserError for a damaged file."""
-    trained_on = {f"sample_episode_{result.trained_on}.npz" for result in read_results(folder)}
-    files = sorted((folder / "visual_outputs").glob("sample_episode_*.npz"), key=lambda path: path.name)
-    files.sort(key=lambda path: path.name not in trained_on)
-    found = {path.stem.removeprefix("sample_episode_"): _parsed(path, _read_episode) for path in files}
+    """Return the sample episodes (glyphs, glyphs.2, ...), of the data set trained on first.
+
+    Raises UserError for a damaged file.
+    """
+    files = (folder / "visual_outputs").glob("sample_episode_*.npz")
+    named = {path.stem.removeprefix("sample_episode_"): path for path in sorted(files, key=lambda path: path.stem)}
+    trained_on = {result.trained_on for result in read_results(folder)}
+    first = sorted(named, key=lambda name: re.sub(r"\.\d$", "", name) not in trained_on)  # of glyphs.2: glyphs
+    found = {name: _parsed(named[name], _read_episode) for name in first}
     return {name: episode for name, episode in found.items() if episode}
 
 

@@ -29,7 +29,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def write_report(run: Run) -> str:
     """Return the closing table of an experiment, accuracies in %."""
-    lines = [*summary(run)]
+    training, validation = summary(run)
+    lines = [f"{run.title}: {training}", validation]
     if not run.results:
         lines += ["", f"Not meta-tested yet. To do so: TEST=1 {command(run.folder)}"]
     for protocol, results in by_protocol(run.results).items():
@@ -41,7 +42,7 @@ def summary(run: Run) -> tuple[str, str]:
     """Return a sentence on the training and one on the validation."""
     best, last = run.best, run.epochs[-1]
     return (
-        f"{run.title}: trained to epoch {last.epoch:.0f}, iteration {last.iterations:,.0f}, "
+        f"trained to epoch {last.epoch:.0f}, iteration {last.iterations:,.0f}, "
         f"in {_duration(sum(epoch.seconds for epoch in run.epochs))}",
         f"Best validation accuracy {100 * best.val_accuracy:.2f} ± {100 * best.val_ci95_per_episode:.2f} % "
         f"(95 % CI per episode), epoch {best.epoch:.0f}",

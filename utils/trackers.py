@@ -58,23 +58,23 @@ class TensorBoard(Tracker):
             raise UserError("--tracker tensorboard needs TensorBoard: pip install tensorboard") from error
         self.folder = folder
         # Events of a stopped process that this one will write again are not shown.
-        self.writer = SummaryWriter(str(folder), purge_step=iteration + 1)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=iteration + 1)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)  # type: ignore[no-untyped-call]
-        self.writer.flush()  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, iteration)
+        self.writer.flush()
 
     def picture(self, name: str, png: bytes, iteration: int) -> None:
         pixels = decoded(png)
-        self.writer.add_image(name, pixels, iteration, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self.writer.add_image(name, pixels, iteration, dataformats="HWC")
 
     def results(self, options: Mapping[str, Any], accuracies: Mapping[str, float]) -> None:
         plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
-        self.writer.add_hparams(plain, dict(accuracies), run_name=".")  # type: ignore[no-untyped-call]
+        self.writer.add_hparams(plain, dict(accuracies), run_name=".")
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 def decoded(png: bytes) -> np.ndarray:
