@@ -28,7 +28,7 @@ class Browser:
 
     def run(self, *options: str) -> str:
         profile = f"--user-data-dir={self.folder / 'profile'}"
-        offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+        offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         command = [self.program, "--headless", "--no-sandbox", "--disable-gpu", profile, offline, *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=50, check=True).stdout
 

@@ -3,7 +3,6 @@
 None of it is worth a training run, so a failure is one warning; in a dry run, which is there to find such, an error.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from data import Episodes
 from learner import FewShotLearner
 from utils import distributed
 from utils.diagnostics import diagnose, write_diagnostics
-from utils.options import Options
+from utils.options import Options, all_defaults, declaration, unmet
 from utils.records import read_run
 from utils.report import update_report
 from utils.trackers import TRACKERS, Tracker
@@ -63,7 +62,7 @@ class Observer:
             self._draw(iteration, with_test=True)
             with self._harmless("tracker"):
                 if self.tracker:
-                    self.tracker.results(dataclasses.asdict(self.options), accuracies(results))
+                    self.tracker.results(hyperparameters(self.options), accuracies(results))
                     self.tracker.close()
                     self.tracker = None
 
@@ -110,6 +109,13 @@ def curves_inside(record: Mapping[str, Any]) -> dict[str, float]:
         else:
             found[name] = sum(values["mean"]) / len(values["mean"])
     return found
+
+
+def hyperparameters(options: Options) -> dict[str, Any]:
+    """Return the options that have an effect, less those that say where or how long a run computes; and its name."""
+    declared = {name: declaration(name) for name in all_defaults()}
+    kept = [name for name, one in declared.items() if one.resume != "ignore" and not unmet(one.only, options)]
+    return {name: getattr(options, name) for name in ("experiment_name", *kept)}
 
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Where the curves of a run go besides its logs: --tracker none, tensorboard, or one of your own (docs/tracking.md)."""
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from utils.errors import UserError
 from utils.options import add_choice, add_plug_in
@@ -27,7 +29,7 @@ class Tracker:
         """Take a picture of the report."""
 
     def results(self, options: Mapping[str, Any], accuracies: Mapping[str, float]) -> None:
-        """Take the accuracies of a test, in [0, 1], with all options of the run."""
+        """Take the accuracies of a test, in [0, 1], with the options that decide what is trained."""
 
     def close(self) -> None:
         """End the record."""
@@ -70,8 +72,9 @@ class TensorBoard(Tracker):
         self.writer.add_image(name, pixels, iteration, dataformats="HWC")
 
     def results(self, options: Mapping[str, Any], accuracies: Mapping[str, float]) -> None:
-        plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
-        self.writer.add_hparams(plain, dict(accuracies), run_name=".")
+        numbers = {name: value for name, value in options.items() if type(value) in (int, float)}
+        words = {name: str(value) for name, value in options.items() if name not in numbers}  # true is no 1 there
+        self.writer.add_hparams(numbers | words, dict(accuracies), run_name=".")
 
     def close(self) -> None:
         self.writer.close()
@@ -79,9 +82,5 @@ class TensorBoard(Tracker):
 
 def decoded(png: bytes) -> np.ndarray:
     """Return the pixels (H, W, 3) of a PNG."""
-    import io
-
-    from PIL import Image
-
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB"))
