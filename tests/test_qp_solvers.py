@@ -294,7 +294,7 @@ def test_qpth_in_float64_agrees_with_the_structured_solver() -> None:
 def test_missing_qpth_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qpth.qp", None)
     monkeypatch.setitem(sys.modules, "qpth", None)
-    with pytest.raises(UserError, match=r"pip install qpth==0\.0\.18.*structured"):
+    with pytest.raises(UserError, match=r"numpy < 2 and so Python 3\.12 or older\. .*qpth==0\.0\.18.*structured"):
         solve_crammer_singer_qpth(*problem(11))
 
 
