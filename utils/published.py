@@ -125,5 +125,6 @@ def write_headers(lines: Iterable[Published]) -> None:
     for row, of_row in by_row(lines).items():
         script = SCRIPTS / f"{row}.sh"
         text = script.read_text(encoding="utf-8")
-        if (new := IN_SCRIPT.sub(lambda _, of_row=of_row: header(of_row), text)) != text:
-            script.write_text(new, encoding="utf-8")
+        old = IN_SCRIPT.search(text)
+        if old and old[0] != header(of_row):
+            script.write_text(text.replace(old[0], header(of_row)), encoding="utf-8")

@@ -135,7 +135,7 @@ def _read(logs: Path) -> list[Tested]:
         return list(_tests(logs))
     except FileNotFoundError as error:
         log.warning("%s is left out: there is no %s", logs.parent, error.filename)
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, LookupError, TypeError, ValueError) as error:
         log.warning("%s is left out: %s", logs.parent, error if isinstance(error, UserError) else repr(error))
     return []
 
@@ -184,13 +184,11 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
     method = method_of(options)
     if options.learner == "gradient" and first.get("head"):
         method += " with another head"
-    return Row(
-        **{name: first[name] for name in ("trained_on", "dataset", "way", "shot", "query", "episodes", "batch_norm")},
-        **dict(zip(("single", "single_pm", "ensemble", "ensemble_pm"), [*single, *ensemble], strict=True)),
-        **{"method": method, "network": options.backbone, "seeds": 1},
-        adaptation=first.get("head") or f"{first['steps']} steps",
-        **training,
-    )
+    names = ("trained_on", "dataset", "way", "shot", "query", "episodes", "batch_norm")
+    values: dict[str, Any] = {name: first[name] for name in names} | dict(training)
+    values |= {"method": method, "network": options.backbone, "seeds": 1}
+    values |= {"single": single[0], "single_pm": single[1], "ensemble": ensemble[0], "ensemble_pm": ensemble[1]}
+    return Row(adaptation=first.get("head") or f"{first['steps']} steps", **values)
 
 
 def method_of(options: Any) -> str:
