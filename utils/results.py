@@ -42,7 +42,6 @@ SEEDS = ("seed", "train_seed")
 # The rows of the README's table: method, network, data set.
 HEADLINES = (
     ("CxGrad", "4-CONV", "miniImageNet"),
-    ("CxGrad", "4-CONV", "tieredImageNet"),
     ("MetaOptNet-SVM", "ResNet-12", "miniImageNet"),
     ("MetaOptNet-RR", "ResNet-12", "CIFAR-FS"),
 )
