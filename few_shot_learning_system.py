@@ -337,6 +337,8 @@ class MAMLFewShotClassifier(FewShotLearner):
             raise torch.OutOfMemoryError(f"{form} may take more than half of the memory")
         epoch = max(range(self.options.total_epochs), key=lambda epoch: self._plan(epoch, form))
         gradients = self.captured if form.captured and self.captured else self._meta_gradients
+        if self.captured and not form.captured:
+            self.captured.release()  # an eager iteration has to fit in the memory without a graph's beside it
         gradients(self._plan(epoch, form), self._importances(epoch), *tasks)
 
     def protocol(self) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return per channel Σ g (x - mean) scale and Σ g of channels-last maps, in one pass over them."""
     wanted, channels = [False, True, True], g.shape[1]
-    mean, scale = (values.expand(g.shape[3], channels).flatten() for values in (mean, scale))
+    mean, scale = mean.repeat(g.shape[3]), scale.repeat(g.shape[3])  # the kernel reads them one after the other
     found = aten.native_batch_norm_backward(wide(g), wide(x), None, None, None, mean, scale, True, EPS, wanted)
     dw, db = (per_column.view(-1, channels).sum(0) for per_column in found[1:])
     return dw, db

@@ -42,6 +42,7 @@ DOCUMENTED = (
     "explain",
 )
 TIMEOUT = 1800  # seconds that a child process may take
+WARM_UP_GPU = 5  # calls in which cuDNN chooses its kernels and a gradient learner captures its graph
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -175,9 +176,11 @@ def spread(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [ratios[0], statistics.median(ratios), ratios[-1]]
 
 
-def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
-    """Return the seconds of the fastest repetition."""
+def timed(work: Callable[[], Any], device: str, warm_up: int | None = None, repetitions: int = 1) -> Row:
+    """Return the seconds of the fastest repetition, after one call to warm up on a CPU and `WARM_UP_GPU` on a GPU."""
     seconds = []
+    if warm_up is None:
+        warm_up = 1 if device == "cpu" else WARM_UP_GPU
     for _ in range(warm_up + repetitions):
         begin = time.perf_counter()
         work()
@@ -186,7 +189,7 @@ def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: i
     return {"seconds": min(seconds[warm_up:])}
 
 
-def timed_alone(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
+def timed_alone(work: Callable[[], Any], device: str, warm_up: int | None = None, repetitions: int = 1) -> Row:
     """Return what `timed` does and the peak memory, in a process that does nothing else of size."""
     return timed(work, device, warm_up, repetitions) | {"peak_gib": peak_memory_gib(torch.device(device))}
 

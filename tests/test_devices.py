@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
 def test_peak_memory_is_in_gib_on_every_system(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux counts in KiB, macOS in bytes."""
+    monkeypatch.setattr(devices, "STATUS", Path("/nowhere"))
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
     assert peak_memory_gib(CPU) == 3
@@ -33,6 +34,18 @@ def test_peak_memory_is_the_kernels_count() -> None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             assert peak_memory_gib(CPU) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child starts at zero")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    child = "import torch; from utils.devices import peak_memory_gib; print(peak_memory_gib(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+held = b"x" * 2**31
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    run = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(run.stdout) < 1.5
 
 
 @pytest.fixture

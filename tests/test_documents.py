@@ -85,6 +85,12 @@ def test_a_data_set_of_the_document_is_made(tmp_path: Path, monkeypatch: pytest.
     assert len(list((tmp_path / "stripes").glob("*/*/*.png"))) == 240
 
 
+def test_every_script_that_a_document_names_is_there() -> None:
+    texts = [file.read_text() for file in (ROOT / "README.md", ROOT / "datasets" / "README.md", *DOCS.glob("*.md"))]
+    named = {name for text in texts for name in re.findall(r"experiment_scripts/[\w/]+\.sh", text)}
+    assert len(named) > 5 and not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_wrong_plug_ins_are_refused_when_they_are_registered() -> None:
     with pytest.raises(ValueError, match="there is a LSLR already"):
         register(type("LSLR", (Rule,), {"flag": "alfa"}))

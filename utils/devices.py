@@ -14,6 +14,7 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # says on Linux what a container may take
+STATUS = Path("/proc/self/status")  # says on Linux what this process has taken
 
 
 def choose_device(gpu: str | None) -> torch.device:
@@ -102,5 +103,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if STATUS.is_file():  # on Linux getrusage has the peak of the process that started this one, if that is higher
+        return int(STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
