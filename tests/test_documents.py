@@ -2,17 +2,20 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import predict
 import test as test_entry
 import train_maml_system
 from classification_heads import HEADS, ClassificationHead
@@ -20,9 +23,11 @@ from classification_heads import register as register_head
 from inner_loop_optimizers import RULES, Rule, register
 from meta_neural_network_architectures import BACKBONES, EMBEDDINGS, register_backbone, register_embedding
 from preprocess.preprocess import prepare
+from tests.made_models import COMMON, CXGRAD
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
-from utils import names, options
+from utils import export, names, options
 from utils.options import parse_args
+from utils.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -32,6 +37,11 @@ NOT_RUN = ("conda ", "source ")  # these set up an environment
 STUB = """#!/bin/sh
 printf '%s\\n' "$(basename "$0")" "$@"
 """
+ENTRIES: dict[str, Callable[[list[str]], object]] = {
+    "python predict.py": predict.main,
+    "python test.py": test_entry.main,
+    "python -m utils.export": export.main,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +93,48 @@ def test_a_data_set_of_the_document_is_made(tmp_path: Path, monkeypatch: pytest.
     prepare("stripes", tmp_path)
     assert len(list((tmp_path / "stripes" / "train").iterdir())) == 6
     assert len(list((tmp_path / "stripes").glob("*/*/*.png"))) == 240
+
+
+def run_commands(document: str) -> list[str]:
+    """Run each line of the shell blocks of a document in this process, and return the lines."""
+    text = (DOCS / document).read_text()
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    for line in lines:
+        name = next(name for name in ENTRIES if line.startswith(f"{name} "))
+        ENTRIES[name](shlex.split(line.removeprefix(name)))
+    return lines
+
+
+@pytest.fixture
+def beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder in which the project's models and documents are found as in its own."""
+    for name in ("models", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_code_on_predicting_runs(beside_the_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = map(vars, run_code("predicting.md", monkeypatch))
+    truth = np.array([file.name[0] for file in first["query"]])
+    assert np.mean(first["answers"] == truth) > 0.8
+    assert (list(second["classes"]), second["estimate"]) == (["four", "three"], None)
+    assert second["probabilities"].shape == (1, 2)
+
+
+def test_the_commands_on_predicting_run(beside_the_project: Path) -> None:
+    write_dataset(Path("datasets/glyphs"), classes=6, images=20, size=(32, 32))
+    task = shlex.split("--dataset_name glyphs --num_classes_per_set 5 --num_samples_per_class 5 --val_shot 5")
+    train_maml_system.main([*COMMON, *CXGRAD, *task, "--experiment_name", "CxGrad_4conv", "--total_epochs", "1"])
+    assert len(run_commands("predicting.md")) == 4
+    assert sorted(path.name for path in Path().glob("predictions*/*.csv")) == ["predictions.csv"] * 2
+    assert (Path("my_model") / "logs" / "test_summary.json").is_file()
+
+
+def test_the_readmes_command_for_predicting_runs(beside_the_project: Path) -> None:
+    (line,) = re.findall(r"^python predict\.py .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    predict.main(shlex.split(line)[2:])
+    assert Path("predictions/predictions.csv").is_file()
 
 
 def test_every_script_that_a_document_names_is_there() -> None:
