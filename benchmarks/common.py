@@ -9,7 +9,6 @@ names to numbers, texts or [lowest, median, highest]. A variant that fails is a 
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.devices import keep_freed_memory, peak_memory_gib  # noqa: E402
+from utils.environment import machine  # noqa: E402
 from utils.tables import aligned  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,21 +51,6 @@ Tables = Mapping[str, Sequence[Row]]
 
 class Failed(Exception):
     """A variant could not be measured; the message is one line that says why."""
-
-
-def machine(device: str) -> dict[str, str]:
-    """Return what a figure must say about where it was taken: device, versions and commit."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    cuda = device.startswith("cuda")
-    where = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
-    if cuda:
-        where |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return where
 
 
 def machine_line(where: Mapping[str, str]) -> str:

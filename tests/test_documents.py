@@ -1,10 +1,13 @@
-"""The code in the documents on extending the project runs."""
+"""The documents' Python code runs, and their command lines can be copied: each reaches a program that takes it."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,12 @@ from utils.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+DOCUMENTS = [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md")), ROOT / "datasets" / "README.md"]
+PLUG_INS = {"Nearest": "adding_a_head.md", "shrink": "adding_a_method.md"}  # words of commands -> who declares them
+NOT_RUN = ("conda ", "source ")  # these set up an environment
+STUB = """#!/bin/sh
+printf '%s\\n' "$(basename "$0")" "$@"
+"""
 ENTRIES: dict[str, Callable[[list[str]], object]] = {
     "python predict.py": predict.main,
     "python test.py": test_entry.main,
@@ -146,3 +155,86 @@ def test_wrong_plug_ins_are_refused_when_they_are_registered() -> None:
     with pytest.raises(ValueError, match="Bare has to declare with opt: softness"):
         options.add_options(type("Bare", (), {"__annotations__": {"softness": float}, "softness": 1.0}))
     assert parse_args([]) == options.Options()
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{document.relative_to(ROOT)}: {line.partition('  ')[0]}")
+    for document in DOCUMENTS
+    for block in blocks(document)
+    if "#SBATCH" not in block
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith(NOT_RUN)
+]
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `python` and a `make` that print their names and what they are given, a line each."""
+    folder = tmp_path_factory.mktemp("stubs")
+    for name in ("python", "make"):
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@cache
+def help_of(*program: str) -> str:
+    """What `python PROGRAM --help` prints."""
+    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_of_the_documents_can_be_copied(
+    line: str, stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not re.search(r"…|\.\.\.|<[a-z]", line), "a placeholder cannot be copied"
+    environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "PYTHON": str(stubs / "python")}
+    shell = ["bash", "-c", line.partition(" | ")[0]]
+    done = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    called, *words = done.stdout.splitlines()
+    for word, document in PLUG_INS.items():
+        if f"--{word}" in words or word in words:
+            run_code(document, monkeypatch)
+    if called == "make":
+        subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "train_maml_system.py" and "--help" not in words:
+        train_maml_system.main([*words[1:], "--gpu", "cpu", "--dry_run", "true"])
+        assert capsys.readouterr().out.endswith("dry run: trained, resumed, tested and cross-tested\n")
+    elif words[0] == "test.py":
+        assert test_entry.parse_command(words[1:])[0]
+    else:
+        program = words[:2] if words[0] == "-m" else words[:1]
+        options = [word for word in words if re.match("--[a-z]", word)]
+        assert [word for word in options if not re.search(rf"{word}\b", help_of(*program))] == []
+
+
+def test_the_job_of_the_documents_is_a_shell_script() -> None:
+    (job,) = (block for block in blocks(DOCS / "gpu.md") if "#SBATCH" in block)
+    subprocess.run(["bash", "-n"], input=job, text=True, check=True)
+
+
+def test_python_code_of_every_document_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    with_code = [path.name for path in DOCUMENTS if "```python\n" in path.read_text(encoding="utf-8")]
+    assert [name for name in with_code if f'"{name}"' not in tests] == []
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    """Links to files of the project, as seen from the document."""
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} leads to {target}"
+
+
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
