@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
 from utils.metaoptnet import published_statistics
 from utils.names import find_dataset
+from utils.observer import Observer
 from utils.options import Options, differences
 from utils.progress import progress_bar, stop_requests
 from utils.scores import Score, score
@@ -75,6 +76,7 @@ class Experiment:
         self.metrics = (*AVERAGED, *model.counts)
         self.sums = dict.fromkeys((*self.metrics, "seconds"), 0.0)  # over the iterations of the current epoch
         self.normalization: Normalization = None
+        self.observer = Observer(options, self.folder)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -95,10 +97,13 @@ class Experiment:
             if not self.model.iterations_done and self.model.choose_form(first_batch):
                 self._save("latest")  # so that a run that is killed before its first save goes on in the same form
             self._write_logs()
+            self.observer.start(self.model.iterations_done)
             while len(self.history) < options.total_epochs:
                 self._train_epoch(training, tasks)
                 (logits,), labels = query_logits([self.model], validation, options, "validation")
+                self.observer.look(self.model, validation, len(self.history) + 1)
                 self._finish_epoch(score(logits, labels))
+                self.observer.epoch_done(self.history[-1])
 
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
@@ -333,7 +338,10 @@ class Experiment:
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
-        return meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
+        self.observer.start(state["iterations_done"])
+        results = meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
+        self.observer.tested(results, state["iterations_done"])
+        return results
 
 
 def iterations_between_readings(seconds_per_iteration: float) -> int:

@@ -307,6 +307,7 @@ class MAMLFewShotClassifier(FewShotLearner):
         sizes = dict.fromkeys((self._usual_tasks_per_pass(count), 1, -(-count // 2), count))
         if len(sizes) == 1:
             return False
+        log.info("measuring how many tasks to compute at a time; --tasks_per_pass sets it without")
         buffers = [buffer.clone() for buffer in self.buffers()]
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
             self.form = fastest(self._forms(tasks, sizes), self.device, warm_up=WARM_UP + 1 if self.captured else 1)

@@ -140,7 +140,8 @@ def conv_norm(
         return y if slope == 1 else F.leaky_relu(y, slope, inplace=True)
     if at.use_running:
         y = norm.by_running(conv(x), at.step)
-        return leaky_relu(max_pool_2x2(y) if pool else y, slope)
+        y = max_pool_2x2(y) if pool else y
+        return y if slope == 1 else leaky_relu(y, slope)
     seen: list[tuple[Tensor, Tensor]] = []
     out = conv_norm_activate(x, *conv.grouped(), *norm.of_step(at.step), slope, pool, None if at.seen is None else seen)
     if at.seen is not None:

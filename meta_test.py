@@ -15,6 +15,7 @@ from torch import Tensor
 from data import Episodes, Normalization, evaluation_episodes, open_dataset
 from learner import FewShotLearner
 from utils import distributed
+from utils.confusion import write_confusion
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
@@ -26,6 +27,7 @@ from utils.scores import score
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+SAMPLES = 3  # tasks of a test that are kept for the report
 
 
 def query_logits(
@@ -71,7 +73,7 @@ def meta_test(
 
     `checkpoints` are files and what was read from them. `labels` name the two in the results; one label asks for the
     first only. Images are resized and normalised as in training, and all checkpoints score a task before the next is
-    made. Results are printed; they go to FOLDER/logs/test_summary.{json,csv}, a sample task with predictions to
+    made. Results are printed; they go to FOLDER/logs/test_summary.{json,csv}, sample tasks with predictions to
     FOLDER/visual_outputs; those of several data sets also to `utils.cross_domain`'s table and heat map.
     """
     models = [model]
@@ -108,8 +110,11 @@ def meta_test(
         ]
         if distributed.is_main():
             write_results(folder / "logs", tested)
-            with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}.npz") as file:
-                np.savez_compressed(file, **sample_episode(episodes, logits[0][0]))
+            write_confusion(folder / "logs", episodes, logits[0])
+            for task, answered in enumerate(logits[0][:SAMPLES]):
+                number = f".{task + 1}" if task else ""
+                with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}{number}.npz") as file:
+                    np.savez_compressed(file, **sample_episode(episodes, answered, task))
         for result in tested:
             log.info(describe(result))
         results += tested
@@ -162,9 +167,9 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
-def sample_episode(episodes: Episodes, logits: Tensor) -> dict[str, np.ndarray]:
-    """Return the first task for the report's picture: uint8 images (way, shot or query, H, W, C), and predictions."""
-    split, rows = episodes.split, episodes.indices(0)  # (way, shot + query)
+def sample_episode(episodes: Episodes, logits: Tensor, task: int) -> dict[str, np.ndarray]:
+    """Return a task for the report's picture: uint8 images (way, shot or query, H, W, C), and predictions."""
+    split, rows = episodes.split, episodes.indices(task)  # (way, shot + query)
     classes = np.searchsorted(split.class_starts, rows[:, 0], side="right") - 1
     images = split.images[rows]
     return {

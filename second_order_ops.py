@@ -194,8 +194,8 @@ def weighted_sum(
 ) -> Tensor:
     """Return dense maps shift + Σ factor * map, where the shift and the factors are per channel.
 
-    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. A few images are done
-    after the other, so that each stays in the processor's cache.
+    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. The sum is formed for a
+    few images at a time, which stay in the processor's cache meanwhile.
     """
     first = terms[0][1]
     total = torch.empty_like(first)

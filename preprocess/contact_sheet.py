@@ -8,8 +8,8 @@ from typing import TypeVar
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.figures import short_name
 from utils.images import open_image, plain_image
-from utils.report import short_name
 
 CLASSES, IMAGES = 6, 10  # shown of a split; of a class
 SIDE, GAP = 72, 4  # pixels: longer side of an image; between two

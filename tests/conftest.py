@@ -1,9 +1,13 @@
 """Fixtures shared by all tests."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.browser import Browser
 from utils.progress import set_up_logging
 
 set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
@@ -17,3 +21,41 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared (real archives, class splits, full recordings) is not here")
     return SHARED
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Browser:
+    """Return a real browser without a window; its tests skip where none is installed."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no browser is installed here (Debian: apt-get install chromium)")
+    folder = tmp_path / "browser"
+    folder.mkdir()
+    return Browser(program, folder)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `toy`: 4 classes of 8 images in each split, too noisy to be told apart for certain."""
+    folder = tmp_path_factory.mktemp("datasets")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for k in range(4):
+            class_folder = folder / "toy" / split / f"class_{k}"
+            class_folder.mkdir(parents=True)
+            colour = rng.normal(128, 12, 3)
+            for i in range(8):
+                pixels = rng.normal(colour + rng.normal(0, 10, 3), 40, (8, 8, 3)).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(class_folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of results of one undisturbed run on `toy`."""
+    from tests.test_experiment_builder import command
+    from train_maml_system import main
+
+    results = tmp_path_factory.mktemp("finished")
+    main(command(toy_data, results))
+    return results

@@ -15,6 +15,7 @@ import torch
 
 from utils import devices
 from utils.devices import host_memory_gib, keep_freed_memory, peak_memory_gib, prepare_device
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -46,6 +47,29 @@ subprocess.run([sys.executable, "-c", {child!r}], check=True)
 """
     run = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.05 < float(run.stdout) < 1.5
+
+
+@pytest.mark.skipif(not devices.CLEAR.exists(), reason="the system does not forget the peak of memory")
+def test_a_peak_of_memory_can_be_forgotten() -> None:
+    code = """
+import torch
+from utils.devices import forget_peak, peak_memory_gib
+cpu = torch.device("cpu")
+large = torch.ones(2**28)
+before = peak_memory_gib(cpu)
+del large
+forget_peak(cpu)
+print(before - peak_memory_gib(cpu))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(run.stdout) > 0.9
+
+
+def test_a_gpu_that_is_not_there_is_named_with_what_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"GPU 3 does not exist .* it has GPU 0 \(CUDA_VISIBLE_DEVICES=3 hides others"):
+        devices.gpu_ids("3")
 
 
 @pytest.fixture

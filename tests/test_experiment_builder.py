@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import experiment_builder
@@ -48,22 +47,6 @@ TINY = shlex.split(
 )
 
 
-@pytest.fixture(scope="session")
-def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data set `toy`: 4 classes of 8 images in each split, too noisy to be told apart for certain."""
-    folder = tmp_path_factory.mktemp("datasets")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for k in range(4):
-            class_folder = folder / "toy" / split / f"class_{k}"
-            class_folder.mkdir(parents=True)
-            colour = rng.normal(128, 12, 3)
-            for i in range(8):
-                pixels = rng.normal(colour + rng.normal(0, 10, 3), 40, (8, 8, 3)).clip(0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(class_folder / f"{i}.png")
-    return folder
-
-
 def command(data: Path, results: Path, *extra: str) -> list[str]:
     return [*TINY, "--dataset_dir", str(data), "--experiments_dir", str(results), *extra]
 
@@ -80,14 +63,6 @@ def history(results: Path) -> list[dict[str, Any]]:
     """Finished epochs without their times."""
     rows = checkpoints.load(folder_of(results) / "saved_models" / "latest")["history"]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-@pytest.fixture(scope="session")
-def finished(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one undisturbed run."""
-    results = tmp_path_factory.mktemp("finished")
-    main(command(toy_data, results))
-    return results
 
 
 def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
@@ -692,10 +667,10 @@ def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Pat
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 300 KiB."""
+    """A real file system of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder

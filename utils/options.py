@@ -25,8 +25,8 @@ from utils.names import canonical_name, same_dataset
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Modules that declare options, rules, heads and networks; they are imported when options are first used.
-PLUGINS = ("inner_loop_optimizers", "classification_heads", "meta_neural_network_architectures")
+# Modules that declare options, rules, heads, networks and trackers; they are imported when options are first used.
+PLUGINS = ("inner_loop_optimizers", "classification_heads", "meta_neural_network_architectures", "utils.trackers")
 
 # What happens where a value differs from that of the run: it is an error; it is used, with a warning; it is used; the
 # run's value is used, with a warning.
@@ -210,6 +210,7 @@ class Options:
     )
     evaluate_on_test_set_only: bool = free(False, "no training: meta-test this experiment's checkpoints", dry_run=False)
     test_datasets: str | None = free(None, "data sets to meta-test on, such as CUB,glyphs; default: dataset_name")
+    tracker: str = free("none", "where curves go besides the logs", choices=("none",))
     gpu: str | None = free(None, "GPU ids such as 0 or 0,1, or cpu; default: the first GPU if there is one, else cpu")
     deterministic: bool = free(
         False, "a GPU computes the same bits every time, more slowly; then a resumed run equals one never stopped"

@@ -1,0 +1,231 @@
+"""What a run has left in its folder, read for the report, the comparison of runs and the trackers."""
+
+import csv
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.names import canonical_name
+
+Parsed = TypeVar("Parsed")
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = 6  # support and query images of a class in a picture, at most
+
+
+class Epoch(NamedTuple):
+    """An epoch is a row of summary_statistics.csv; accuracies and their CI are in [0, 1]."""
+
+    epoch: float
+    iterations: float  # since the start of training
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    val_ci95_per_episode: float
+    learning_rate: float
+    seconds: float  # of training, without the validation
+    unsolved: float | None = None  # tasks whose head was not solved; of heads only
+
+
+class Setup(NamedTuple):
+    """The setup is what options.json says of the training and its validation."""
+
+    dataset_name: str
+    experiment_name: str
+    learner: str
+    num_classes_per_set: int
+    num_samples_per_class: int
+    test_way: int | None
+    test_shots: str | None
+
+    @property
+    def chance(self) -> float:
+        """Return the accuracy of guessing in the validation, in %."""
+        return 100 / (self.test_way or self.num_classes_per_set)
+
+    @property
+    def row(self) -> str:
+        """Return where the script of such a run lies below experiment_scripts/, without .sh."""
+        shot = "" if self.learner == "head" else f"_{self.num_samples_per_class}shot"
+        return f"{canonical_name(self.dataset_name)}_{self.num_classes_per_set}way{shot}/{self.experiment_name}"
+
+
+class Result(NamedTuple):
+    """A result is an entry of test_summary.json; accuracy and CI in %."""
+
+    dataset: str
+    trained_on: str
+    model: str
+    checkpoints: str
+    way: int
+    shot: int
+    accuracy: float
+    ci95_per_episode: float
+    ci95_per_query: float
+    protocol: str  # in words
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """Return the accuracy with the CI per episode, and the CI per query."""
+        return f"{self.accuracy:.2f} ± {self.ci95_per_episode:.2f} %", f"± {self.ci95_per_query:.2f} %"
+
+
+class Episode(NamedTuple):
+    """An episode is a task and the model's answers."""
+
+    support: np.ndarray  # (way, at most SHOWN, H, W, C) uint8
+    query: np.ndarray  # (way, at most SHOWN, H, W, C) uint8
+    predictions: np.ndarray  # (way, query), indices of classes
+    class_names: np.ndarray  # (way,)
+
+
+class Pair(NamedTuple):
+    """How often query images of one class were taken for a second one, in the test's tasks that have both."""
+
+    true: str
+    predicted: str
+    answers: int
+    of: int
+
+    @property
+    def rate(self) -> float:
+        return self.answers / self.of
+
+
+class Run(NamedTuple):
+    """A run is all that its folder holds; what is not there yet is empty."""
+
+    folder: Path
+    options: dict[str, Any]
+    setup: Setup | None
+    epochs: list[Epoch]
+    diagnostics: list[dict[str, Any]]  # one record per epoch, see utils/diagnostics.py
+    results: list[Result]
+    episodes: dict[str, Episode]  # by the data set, with .2 and so on; that of training comes first
+    confusions: dict[str, list[Pair]]  # by the data set and shot
+
+    @property
+    def title(self) -> str:
+        return "/".join(self.folder.resolve().parts[-2:])
+
+    @property
+    def best(self) -> Epoch:
+        """Return the epoch of the best validation, the earliest of equal ones."""
+        return max(self.epochs, key=lambda epoch: epoch.val_accuracy)
+
+
+def read_run(folder: Path) -> Run:
+    """Return what an experiment's folder holds; raises UserError if no epoch is finished or a file is damaged."""
+    options = _parsed(folder / "logs" / "options.json", _read_options) or {}
+    lists = read_epochs(folder), read_diagnostics(folder), read_results(folder)
+    return Run(folder, options, read_setup(folder), *lists, read_episodes(folder), read_confusions(folder))
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()).items())
+
+
+def read_setup(folder: Path) -> Setup | None:
+    """Return how the experiment is trained; None before it has begun. Raises UserError if the file is damaged."""
+    wanted = itemgetter(*Setup._fields)
+    return _parsed(folder / "logs" / "options.json", lambda path: Setup(*wanted(_read_options(path))))
+
+
+def read_epochs(folder: Path) -> list[Epoch]:
+    """Return the finished epochs; raises UserError where there is none or the file is damaged."""
+    path = folder / "logs" / "summary_statistics.csv"
+    rows = _parsed(path, lambda path: [_epoch(row) for row in csv.DictReader(path.read_text().splitlines())])
+    if not rows:
+        raise UserError(f"there is no {path} with a row: no epoch is finished. To train: {command(folder)}")
+    return rows
+
+
+def _epoch(row: Mapping[str, str]) -> Epoch:
+    return Epoch(**{name: float(row[name]) for name in Epoch._fields if name in row})
+
+
+def read_diagnostics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of logs/diagnostics.jsonl, none of an older run; raises UserError if the file is damaged."""
+    path = folder / "logs" / "diagnostics.jsonl"
+    return _parsed(path, lambda path: [dict(json.loads(line)) for line in path.read_text().splitlines()]) or []
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
+    path = folder / "logs" / "test_summary.json"
+    return _parsed(path, lambda path: [_result(entry) for entry in json.loads(path.read_text())]) or []
+
+
+def _result(entry: Mapping[str, Any]) -> Result:
+    method = f"{entry['head']} head" if entry.get("head") else f"{entry['steps']} inner steps"
+    protocol = (
+        f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
+        f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
+        f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
+    )
+    plain = {name: entry[name] for name in ("dataset", "trained_on", "model", "way", "shot")}
+    scores = {name: 100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query")}
+    checkpoints = f"{entry['model']}: {', '.join(entry['checkpoints'])}"
+    return Result(**plain, **scores, checkpoints=checkpoints, protocol=protocol)
+
+
+def read_episodes(folder: Path) -> dict[str, Episode]:
+    """Return the sample episodes (glyphs, glyphs.2, ...), of the data set trained on first.
+
+    Raises UserError for a damaged file.
+    """
+    files = (folder / "visual_outputs").glob("sample_episode_*.npz")
+    named = {path.stem.removeprefix("sample_episode_"): path for path in sorted(files, key=lambda path: path.stem)}
+    trained_on = {result.trained_on for result in read_results(folder)}
+    first = sorted(named, key=lambda name: re.sub(r"\.\d$", "", name) not in trained_on)  # of glyphs.2: glyphs
+    found = {name: _parsed(named[name], _read_episode) for name in first}
+    return {name: episode for name, episode in found.items() if episode}
+
+
+def _read_episode(path: Path) -> Episode:
+    with np.load(path, allow_pickle=False) as file:
+        support, query, *answers = (file[name] for name in Episode._fields)
+    return Episode(support[:, :SHOWN], query[:, :SHOWN], *answers)
+
+
+def read_confusions(folder: Path) -> dict[str, list[Pair]]:
+    """Return the confusions of each test, none of an older run; raises UserError for a damaged file."""
+    files = sorted((folder / "logs").glob("confusion_*.csv"))
+    found = {path.stem.removeprefix("confusion_").replace("_", " "): _parsed(path, _read_pairs) for path in files}
+    return {name: pairs for name, pairs in found.items() if pairs}
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return [Pair(row["true"], row["predicted"], int(row["answers"]), int(row["of"])) for row in rows]
+
+
+def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
+    """Return what `parse` makes of a file, None if there is no file; raises a UserError that names a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return parse(path)
+    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
+        ) from error
+
+
+def command(folder: Path) -> str:
+    """Return the command that trains this experiment, or the pattern of such commands where its name says no method."""
+    script = "any.sh METHOD DATASET SHOT"
+    if setup := read_setup(folder):
+        if (ROOT / "experiment_scripts" / f"{setup.row}.sh").is_file():
+            script = f"{setup.row}.sh"
+        elif re.search("_(4conv|resnet12|conv64|r2d2net)$", setup.experiment_name):
+            shot = setup.test_shots if setup.learner == "head" else setup.num_samples_per_class
+            script = f"any.sh {setup.experiment_name} {canonical_name(setup.dataset_name)} {shot}"
+    return f"bash experiment_scripts/{script} GPU_ID"
