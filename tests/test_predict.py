@@ -134,6 +134,7 @@ def test_names_that_are_no_unicode_or_hold_commas(cxgrad: Path, here: Path) -> N
     assert 'probability of caf?, "x"\n' in rows[0]
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_shell(cxgrad: Path, here: Path) -> None:
     command = [
         sys.executable,
