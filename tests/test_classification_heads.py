@@ -85,7 +85,7 @@ def test_qpth_is_called_as_the_paper_did(suffix: str, case: str) -> None:
 def test_qpth_stopped_early_says_so_in_its_residual_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     head, data = ClassificationHead("SVM"), episode(shots=(5, 5, 5))
     residuals = [head.solve_and_score(*data, WAY, 5, solver="qpth", max_iter=n).residual.max() for n in (3, 15)]
-    assert residuals[0] > 1e-3 > residuals[1]
+    assert residuals[0] > 0.1 and residuals[1] < 0.01  # how far qpth gets in 15 steps depends on the processor
     assert capfd.readouterr() == ("", "")
 
 
