@@ -1,4 +1,4 @@
-# Needs git, make and Python 3.11 or 3.12; every target sets up .venv by itself, and again only when
+# Needs git, make and Python 3.11 to 3.13; every target sets up .venv by itself, and again only when
 # requirements.txt changes. PYTHON=/path/to/python3.12 picks another interpreter for a new .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 ENV_PYTHON := $(CURDIR)/.venv/bin/python
 READY := .venv/.requirements-installed
 BENCH ?= iteration evaluation head_training svm_head data augmentation explain
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: help demo test lint format bench bench-peers check-gpu
 .DEFAULT_GOAL := help
@@ -51,12 +51,12 @@ check-gpu: $(READY) ## check the first GPU, or else the CPU; ARGS="--only parity
 $(READY): requirements.txt
 	@stop() { echo "make: $$1" >&2; exit 1; }
 	if [[ ! -e .venv/bin/python && ! -L .venv/bin/python ]]; then
-	    command -v "$(PYTHON)" >/dev/null || stop "no $(PYTHON) here; install Python 3.11 or 3.12, or name one: make PYTHON=/path/to/python3.12 …"
-	    "$(PYTHON)" -c '$(SUPPORTED)' || stop "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), but the pinned packages need Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12 …"
+	    command -v "$(PYTHON)" >/dev/null || stop "no $(PYTHON) here; install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=/path/to/python3.12 …"
+	    "$(PYTHON)" -c '$(SUPPORTED)' || stop "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), but the pinned packages need Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12 …"
 	    echo "Creating .venv with $$("$(PYTHON)" --version)"
 	    "$(PYTHON)" -m venv .venv
 	fi
-	.venv/bin/python -c '$(SUPPORTED)' || stop ".venv is broken or not of Python 3.11 or 3.12; remove it (rm -rf .venv) and call make again"
+	.venv/bin/python -c '$(SUPPORTED)' || stop ".venv is broken or not of Python 3.11, 3.12 or 3.13; remove it (rm -rf .venv) and call make again"
 	if ! .venv/bin/uv --version >/dev/null 2>&1; then
 	    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --upgrade
 	    .venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

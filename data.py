@@ -59,6 +59,23 @@ class Batch(NamedTuple):
     y_target: torch.Tensor  # (tasks, way, query) int64
 
 
+class Scaling:
+    """A scaling brings pixels in 0..255 to [0, 1] and, given mean and std of each channel there, normalises them."""
+
+    def __init__(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        # Of pixels in 0..255, so that (x/255 - mean) / std takes two passes.
+        self._shift: torch.Tensor | None = None
+        if mean is not None and std is not None:
+            self._shift = 255 * torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1)
+            self._factor = 1 / (255 * torch.tensor(std, dtype=dtype, device=device).clamp_min(1e-3).view(-1, 1, 1))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Scale images (..., C, H, W) of a float type in place, and return them."""
+        return images.div_(255) if self._shift is None else images.sub_(self._shift).mul_(self._factor)
+
+
 class Episodes:
     """Episodes are the fixed, endless sequence of tasks of one split: task i depends on (seed, i) only.
 
@@ -87,11 +104,7 @@ class Episodes:
         self.split, self.way, self.shot, self.query = split, way, shot, query
         self.first_seed = base_seed(seed, split.split)
         self.device, self.dtype, self.augment_padding = device, dtype, augment_padding
-        # Of pixels in 0..255, so that (x/255 - mean) / std takes two passes.
-        self._shift: torch.Tensor | None = None
-        if mean is not None and std is not None:
-            self._shift = 255 * torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1)
-            self._factor = 1 / (255 * torch.tensor(std, dtype=dtype, device=device).clamp_min(1e-3).view(-1, 1, 1))
+        self._scaled = Scaling(mean, std, device, dtype)
         self._host = np.asarray(split.images)
         self._resident = _to_device(self._host, device)
         self._turned = _turned_pixels(split).to(device) if rotate_classes else None
@@ -138,7 +151,7 @@ class Episodes:
             seeds = range(self.first_seed + first_task, self.first_seed + first_task + len(rows))
             draws = draw(seeds, rows[0].size, self.augment_padding).take(places)
             images = augment(pixels, draws, self.augment_padding, self._send).to(self.dtype)
-        return images.div_(255) if self._shift is None else images.sub_(self._shift).mul_(self._factor)
+        return self._scaled(images)
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return send(torch.from_numpy(array), self.device)

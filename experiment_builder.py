@@ -25,6 +25,7 @@ from learner import FewShotLearner
 from meta_test import Result, meta_test, query_logits
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
+from utils.environment import record_environment
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
 from utils.metaoptnet import published_statistics
@@ -213,6 +214,7 @@ class Experiment:
         if not distributed.is_main():
             return
         write_text(self.folder / "logs" / "options.json", json.dumps(dataclasses.asdict(self.options), indent=2))
+        record_environment(self.folder / "logs" / "environment.json", self.model.device)
         if self.history:
             write_csv(self.folder / "logs" / "summary_statistics.csv", self.history)
 

@@ -307,6 +307,7 @@ class MAMLFewShotClassifier(FewShotLearner):
         sizes = dict.fromkeys((self._usual_tasks_per_pass(count), 1, -(-count // 2), count))
         if len(sizes) == 1:
             return False
+        log.info("measuring how many tasks to compute at a time; --tasks_per_pass sets it without")
         buffers = [buffer.clone() for buffer in self.buffers()]
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
             self.form = fastest(self._forms(tasks, sizes), self.device, warm_up=WARM_UP + 1 if self.captured else 1)
@@ -337,6 +338,8 @@ class MAMLFewShotClassifier(FewShotLearner):
             raise torch.OutOfMemoryError(f"{form} may take more than half of the memory")
         epoch = max(range(self.options.total_epochs), key=lambda epoch: self._plan(epoch, form))
         gradients = self.captured if form.captured and self.captured else self._meta_gradients
+        if self.captured and not form.captured:
+            self.captured.release()  # an eager iteration has to fit in the memory without a graph's beside it
         gradients(self._plan(epoch, form), self._importances(epoch), *tasks)
 
     def protocol(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class FewShotLearner(nn.Module):
     def save_model(self, model_save_dir: str | Path, state: Mapping[str, Any]) -> None:
         """Write weights, optimiser and `state` (plain values and tensors) to the file `model_save_dir`, atomically."""
         own = {**self.weights(), "optimizer": self.optimizer.state_dict(), "iterations_done": self.iterations_done}
-        form = {"form": self.form and self.form._asdict()}
+        form = {"form": self.form and self.form._asdict(), "device": self.device.type}
         checkpoints.save({**state, **own, **form}, Path(model_save_dir))
 
     def load_model(self, model_save_dir: str | Path, model_name: str, model_idx: str | int) -> dict[str, Any]:
@@ -195,7 +195,8 @@ class FewShotLearner(nn.Module):
             self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)
-        self.form = Form(**state["form"]) if state.get("form") else None
+        measured_here = state.get("device", self.device.type) == self.device.type
+        self.form = Form(**state["form"]) if state.get("form") and measured_here else None
 
 
 def parts_of(tasks: Tasks, size: int) -> Iterator[Tasks]:

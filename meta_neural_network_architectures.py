@@ -47,7 +47,17 @@ class TaskConv2d(nn.Conv2d):
     """This convolution has Xavier-uniform weights and zero biases: (n, tasks*in, H, W) -> (n, tasks*out, h, w).
 
     Its weight is (out, in, k, k), or (tasks, out, in, k, k) under `functional_call`.
+
+    Raises:
+        ValueError: stride or padding differs between height and width, or there are dilation, groups or other paddings
+            than with zeros: `second_order_ops` does not compute these.
     """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        square = not isinstance(self.padding, str) and len({*self.stride}) == len({*self.padding}) == 1
+        if not square or (self.dilation, self.groups, self.padding_mode) != ((1, 1), 1, "zeros"):
+            raise ValueError("TaskConv2d has one stride and one padding, with zeros, and neither dilation nor groups")
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
@@ -130,7 +140,8 @@ def conv_norm(
         return y if slope == 1 else F.leaky_relu(y, slope, inplace=True)
     if at.use_running:
         y = norm.by_running(conv(x), at.step)
-        return leaky_relu(max_pool_2x2(y) if pool else y, slope)
+        y = max_pool_2x2(y) if pool else y
+        return y if slope == 1 else leaky_relu(y, slope)
     seen: list[tuple[Tensor, Tensor]] = []
     out = conv_norm_activate(x, *conv.grouped(), *norm.of_step(at.step), slope, pool, None if at.seen is None else seen)
     if at.seen is not None:

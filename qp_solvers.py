@@ -102,8 +102,8 @@ def solve_crammer_singer_qpth(
         from qpth.qp import QPFunction
     except ImportError as error:
         raise UserError(
-            f"--svm_solver qpth needs the package qpth ({error}): install it with `pip install qpth==0.0.18`, "
-            "which needs numpy below 2, or use --svm_solver structured."
+            f"--svm_solver qpth needs the package qpth ({error}), which needs numpy < 2 and so Python 3.12 or older. "
+            "There, install it with `pip install qpth==0.0.18`; elsewhere use --svm_solver structured, which is exact"
         ) from error
     tasks, n, way = one_hot.shape
     options: dict[str, Any] = {"dtype": torch.float64 if double else torch.float32, "device": kernel.device}

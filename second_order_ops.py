@@ -194,8 +194,8 @@ def weighted_sum(
 ) -> Tensor:
     """Return dense maps shift + Σ factor * map, where the shift and the factors are per channel.
 
-    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. A few images are done
-    after the other, so that each stays in the processor's cache.
+    `placed` = (place, factor, values) adds factor * values at the places that `largest` found. The sum is formed for a
+    few images at a time, which stay in the processor's cache meanwhile.
     """
     first = terms[0][1]
     total = torch.empty_like(first)
@@ -232,7 +232,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return per channel Σ g (x - mean) scale and Σ g of channels-last maps, in one pass over them."""
     wanted, channels = [False, True, True], g.shape[1]
-    mean, scale = (values.expand(g.shape[3], channels).flatten() for values in (mean, scale))
+    mean, scale = mean.repeat(g.shape[3]), scale.repeat(g.shape[3])  # the kernel reads them one after the other
     found = aten.native_batch_norm_backward(wide(g), wide(x), None, None, None, mean, scale, True, EPS, wanted)
     dw, db = (per_column.view(-1, channels).sum(0) for per_column in found[1:])
     return dw, db

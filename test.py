@@ -3,12 +3,13 @@
 python test.py --load experiments/CIFAR_FS_5way_5shot/CxGrad_4conv/saved_models/best --dataset CUB --shot 5
 python test.py --load saved_models/epoch_90 saved_models/epoch_95 --episode 1000      the first, and their ensemble
 python test.py --load train_model_42 --config mini_imagenet-CxGrad.json               an official checkpoint
+python test.py --load models/glyphs_CxGrad --shot 5            a folder that utils.export wrote
 python test.py --load best_model.pth --head SVM --network ResNet --dataset miniImageNet --shot 1       MetaOptNet's
 python test.py --load saved_models/best --head Ridge --way 10         a head on the body of a gradient-trained network
 python test.py --load saved_models/best --shot 5 --dry_run            a rehearsal on a few made-up images
 
 An ensemble averages logits. Images are resized and normalised as the model was trained. Results are added to
-logs/test_summary.{json,csv} of the checkpoint's experiment, or of the checkpoint's own folder.
+logs/test_summary.{json,csv} of the checkpoint's experiment, or else of its own folder.
 """
 
 import dataclasses
@@ -64,7 +65,13 @@ def parse_command(argv: Sequence[str] | None) -> tuple[list[Path], Changes]:
     """Return the checkpoint files and the options that a command line names; raises UserError for what is not right."""
     flags = FLAGS | {name: name for name in all_defaults() if "head" in declaration(name).only}
     parser = parser_of(flags, dict.fromkeys(flags.values(), "as trained") | DEFAULTS, __doc__)
-    parser.add_argument("--load", type=Path, nargs="+", default=[], help="checkpoint files, the best one first")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="checkpoint files, or folders of utils.export, the best one first",
+    )
     values = parse(parser, argv)
     files: list[Path] = values.pop("load")
     return files, converted(values)
@@ -157,7 +164,8 @@ def score(files: Sequence[Path], changes: Changes, rehearsal: Path | None = None
         ensure_builtin(name, Path(options.dataset_dir))
     model = build_learner(device, options)
     first = files[0].resolve()
-    folder = rehearsal or (first.parent.parent if first.parent.name == "saved_models" else first.parent)
+    own = first if first.is_dir() else first.parent
+    folder = rehearsal or (own.parent if own.name == "saved_models" else own)
     labels = [first.name, "ensemble of " + ", ".join(path.name for path in files)][: len(files)]
     loaded = list(zip(files, states, strict=True))
     meta_test(model, options, loaded, labels, trained_normalization(states[0], options), folder)

@@ -2,9 +2,11 @@
 
 python train_maml_system.py --dataset_name glyphs --image_height 32 --image_width 32 --contextual_grad true
 python train_maml_system.py --dry_run true
+python train_maml_system.py --num_seeds 3
 python train_maml_system.py --help
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,13 +16,15 @@ import torch
 
 from data import check_tests
 from dry_run import dry_run
-from experiment_builder import Experiment
+from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import build_learner
 from preprocess.preprocess import ensure_builtin
-from utils import distributed, entry
+from utils import distributed, entry, seeds
 from utils.devices import choose_device, gpu_ids
 from utils.options import Options, parse_args
 from utils.progress import set_up_logging
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,11 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options, device: torch.device) -> None:
-    """Train if that is asked for, then meta-test."""
+    """Train if that is asked for, then meta-test: once, or with each of --num_seeds seeds and then their mean."""
     for name in {options.dataset_name, *options.test_dataset_list} if distributed.is_main() else ():
         ensure_builtin(name, Path(options.dataset_dir))
     distributed.barrier()
 
+    for number, of_seed in enumerate(seeds.each(options), 1):
+        if options.num_seeds > 1:
+            log.info("seed %d of %d, in %s", number, options.num_seeds, experiment_folder(of_seed))
+        run_seed(of_seed, device)
+    if options.num_seeds > 1 and distributed.is_main():
+        seeds.report(options)
+
+
+def run_seed(options: Options, device: torch.device) -> None:
+    """Train if that is asked for, then meta-test."""
     experiment = Experiment(options, build_learner(device, options))
     if not options.evaluate_on_test_set_only:
         check_tests(options)  # what is wrong with them should not come out after the training

@@ -55,7 +55,7 @@ from learner import FewShotLearner  # noqa: E402
 from utils import distributed, entry  # noqa: E402
 from utils.devices import choose_device  # noqa: E402
 from utils.files import write_text  # noqa: E402
-from utils.options import Options, is_option  # noqa: E402
+from utils.options import Options  # noqa: E402
 from utils.synthetic import write_dataset  # noqa: E402
 
 OK, FAILED, MEASURED, NOT_AVAILABLE, LEFT_OUT = "ok", "FAILED", "measured", "not available", "left out"
@@ -267,7 +267,6 @@ def repeats(where: device) -> Checks:
 
 def same_bits(where: device, make_options: Callable[..., Options], deterministic: bool) -> Outcome:
     """Train twice, and once in two parts; on a GPU equal bits are promised with --deterministic only."""
-    require(is_option("deterministic") or not deterministic, "this version has no option --deterministic")
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as folder:
         run = {"dataset_name": "made", "dataset_dir": folder, "total_iter_per_epoch": 3, "num_evaluation_tasks": 2}
         run |= {"deterministic": True} if deterministic else {}
@@ -305,8 +304,7 @@ def times(where: device) -> Checks:
 
 
 def iteration_time(where: device, shape: dict[str, int], captured: bool, ours: bool, benchmark: bool) -> Outcome:
-    require(is_option("cuda_graph") or not captured, "this version has no option --cuda_graph")
-    graph = {"cuda_graph": "auto" if captured else "off"} if is_option("cuda_graph") else {}
+    graph = {"cuda_graph": "auto" if captured else "off"}
     options = gradient_options(where, **(CXGRAD_84 if on_gpu(where) else METHODS["CxGrad"]) | shape | graph)
     with nullcontext() if ours else torch_operations(), mock.patch.object(logging.Logger, "warning") as warn:
         model = build_learner(where, options)

@@ -9,7 +9,6 @@ names to numbers, texts or [lowest, median, highest]. A variant that fails is a 
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.devices import keep_freed_memory, peak_memory_gib  # noqa: E402
+from utils.environment import machine  # noqa: E402
 from utils.tables import aligned  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,6 +42,7 @@ DOCUMENTED = (
     "explain",
 )
 TIMEOUT = 1800  # seconds that a child process may take
+WARM_UP_GPU = 5  # calls in which cuDNN chooses its kernels and a gradient learner captures its graph
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -50,21 +51,6 @@ Tables = Mapping[str, Sequence[Row]]
 
 class Failed(Exception):
     """A variant could not be measured; the message is one line that says why."""
-
-
-def machine(device: str) -> dict[str, str]:
-    """Return what a figure must say about where it was taken: device, versions and commit."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    cuda = device.startswith("cuda")
-    where = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
-    if cuda:
-        where |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return where
 
 
 def machine_line(where: Mapping[str, str]) -> str:
@@ -190,9 +176,11 @@ def spread(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [ratios[0], statistics.median(ratios), ratios[-1]]
 
 
-def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
-    """Return the seconds of the fastest repetition."""
+def timed(work: Callable[[], Any], device: str, warm_up: int | None = None, repetitions: int = 1) -> Row:
+    """Return the seconds of the fastest repetition, after one call to warm up on a CPU and `WARM_UP_GPU` on a GPU."""
     seconds = []
+    if warm_up is None:
+        warm_up = 1 if device == "cpu" else WARM_UP_GPU
     for _ in range(warm_up + repetitions):
         begin = time.perf_counter()
         work()
@@ -201,7 +189,7 @@ def timed(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: i
     return {"seconds": min(seconds[warm_up:])}
 
 
-def timed_alone(work: Callable[[], Any], device: str, warm_up: int = 1, repetitions: int = 1) -> Row:
+def timed_alone(work: Callable[[], Any], device: str, warm_up: int | None = None, repetitions: int = 1) -> Row:
     """Return what `timed` does and the peak memory, in a process that does nothing else of size."""
     return timed(work, device, warm_up, repetitions) | {"peak_gib": peak_memory_gib(torch.device(device))}
 

@@ -7,8 +7,8 @@ python benchmarks/iteration.py --device cuda --rounds 5
 "ours" is `run_train_iter`; "naive" is `tests.naive_reference`, a loop over tasks by torch's own operations; MAML is
 also run by the libraries of `benchmarks/peers.py`. Every variant first has to show the naive loop's loss and outer
 gradient in float64 on two tasks of 16x16 images. Every figure comes from processes that take turns, so that ratios hold
-on a machine whose speed drifts; a process warms up with one iteration and counts the next. Prints one table and writes
-it to benchmarks/results/.
+on a machine whose speed drifts; a process warms up with one iteration, on a GPU with five, so that "ours" has captured
+its graph, and counts the next. Prints one table and writes it to benchmarks/results/.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Peak memory of one second-order iteration of ResNet-12, 5-way 5-shot at 84x84, with and without stored inner steps.
 
-python benchmarks/memory.py                     on this machine; the variant that stores all needs about 20 GiB
+python benchmarks/memory.py                     on this machine; the variant that stores all needs about 11 GiB
 python benchmarks/memory.py --device cuda
 
 One task per pass, 15 targets, 5 inner steps, widths 64-128-256-512; each variant in a process of its own.

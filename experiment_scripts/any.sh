@@ -26,9 +26,10 @@ for network in 4conv resnet12 conv64 r2d2net ""; do
 done
 method=${method%"$network"}
 data=CUB own=(--dataset_name "$2")
+wanted=$(fold "$2") && wanted=${wanted%dataset} && wanted=${wanted%fullsize} # as in omniglot_dataset, MAML++'s name
 for folder in experiment_scripts/*_5way; do
   known=$(basename "$folder" _5way)
-  [[ $(fold "$2") != "$(fold "$known")" ]] || data=$known own=()
+  [[ $wanted != "$(fold "$known")" ]] || data=$known own=()
 done
 
 base=maml_4conv

@@ -31,8 +31,7 @@ def contact_sheet(folder: Path, files: Mapping[str, Sequence[str]]) -> Image.Ima
     height = sum(HEADING + min(CLASSES, len(of_split)) * (SIDE + GAP) for of_split in classes.values())
     sheet = Image.new("RGB", (NAME + IMAGES * (SIDE + GAP), height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has more scripts than Pillow's own
-    large, small = ImageFont.truetype(font, 13), ImageFont.truetype(font, 11)
+    large, small = font(13), font(11)
     top = 0
     for split, of_split in classes.items():
         heading = f"{split}: {len(of_split):,} classes, {len(files[split]):,} images"
@@ -42,9 +41,7 @@ def contact_sheet(folder: Path, files: Mapping[str, Sequence[str]]) -> Image.Ima
             name = short_name(of_class[0].partition("/")[0].encode(errors="replace").decode())  # it may be no Unicode
             draw.text((NAME - GAP, top + SIDE / 2), name, fill=FAINT, font=small, anchor="rm", align="right")
             for column, file in enumerate(spread(of_class, IMAGES)):
-                image = _load(folder / split / file)
-                left = NAME + column * (SIDE + GAP)
-                sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+                paste(sheet, folder / split / file, NAME + column * (SIDE + GAP), top)
             top += SIDE + GAP
     return sheet
 
@@ -53,6 +50,17 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     """Return `count` of the items at even distances, or all if they are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Return a font that has more scripts than Pillow's own."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def paste(sheet: Image.Image, path: Path, left: int, top: int) -> None:
+    """Put a picture into the middle of the square of SIDE pixels at (left, top)."""
+    image = _load(path)
+    sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
 
 
 def _load(path: Path) -> Image.Image:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from benchmarks import common, iteration, peers
 from benchmarks.explain import Call, Counting, Limits, counting, floors
 from benchmarks.peers import INNER_RATE, OUTER_RATE, STEPS, Batch, Step, moved, task_by_task
+from captured_gradients import WARM_UP
 from tests.stand_in_cuda import stand_in_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,21 @@ def test_a_library_that_is_not_there_says_why(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "higher.failed").write_text("does not install here: no wheel")
     with pytest.raises(common.Failed, match="no wheel"):
         peers.interpreter("higher")
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 2), ("cuda", 6)])
+def test_a_gpu_has_captured_its_graph_before_a_call_counts(
+    device: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "synchronise", lambda _: None)
+    called: list[None] = []
+    common.timed(lambda: called.append(None), device)
+    assert len(called) == calls > (WARM_UP + 1 if device == "cuda" else 1)
+
+
+def test_a_library_whose_step_is_not_written_says_so() -> None:
+    with pytest.raises(common.Failed, match="its step is not written here"):
+        peers.measure(argparse.Namespace(device="cpu"), "learn2learn", "")
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------

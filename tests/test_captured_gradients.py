@@ -163,6 +163,23 @@ def test_a_refused_capture_is_one_warning_and_the_run_goes_on(
     assert warning == f"going on without CUDA graphs: {str(error).splitlines()[0]}"
 
 
+def test_no_capture_takes_memory_while_an_eager_form_is_measured() -> None:
+    model, recorder = captured_model(contextual_grad=True)
+    held = []
+    meta_gradients = model._meta_gradients
+
+    def noting(*inputs: Any) -> Results:
+        held.append(model.captured is not None and model.captured.captured is not None)
+        return meta_gradients(*inputs)
+
+    model._meta_gradients = noting  # type: ignore[assignment, method-assign]
+    tasks = model._to_device(tiny_batch(2, dtype=torch.float32))
+    for form, run in model._forms(tasks, [1, 2]):
+        for _ in range(captured_gradients.WARM_UP + 1):
+            run()
+        assert bool(recorder.replays) and not any(held), form
+
+
 def test_an_error_of_the_learner_itself_is_no_refusal() -> None:
     model, _ = captured_model(inner_loop_part="head")
     model._planned_losses = None  # type: ignore[assignment, method-assign]

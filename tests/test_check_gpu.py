@@ -180,7 +180,6 @@ def test_a_graph_that_is_not_captured_is_a_failure(
         return {"ms": 1.0}
 
     monkeypatch.setattr(check_gpu, "milliseconds", refused)
-    monkeypatch.setattr(check_gpu, "is_option", lambda name: True)
     monkeypatch.setattr(
         check_gpu, "gradient_options", lambda where, cuda_graph, **more: cases.gradient_options(where, **more)
     )

@@ -13,7 +13,10 @@ from utils.errors import UserError
 
 WAY = 3
 VARIANTS = [(head, suffix, case) for head, suffixes in EXACT.items() for suffix in suffixes for case in CASES]
-needs_qpth = pytest.mark.skipif(importlib.util.find_spec("qpth") is None, reason="qpth is not installed")
+needs_qpth = pytest.mark.skipif(
+    importlib.util.find_spec("qpth") is None,
+    reason="no qpth here; it needs numpy < 2",
+)
 
 
 def episode(

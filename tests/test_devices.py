@@ -15,6 +15,7 @@ import torch
 
 from utils import devices
 from utils.devices import host_memory_gib, keep_freed_memory, peak_memory_gib, prepare_device
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -23,6 +24,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
 def test_peak_memory_is_in_gib_on_every_system(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux counts in KiB, macOS in bytes."""
+    monkeypatch.setattr(devices, "STATUS", Path("/nowhere"))
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
     assert peak_memory_gib(CPU) == 3
@@ -33,6 +35,41 @@ def test_peak_memory_is_the_kernels_count() -> None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             assert peak_memory_gib(CPU) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child starts at zero")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    child = "import torch; from utils.devices import peak_memory_gib; print(peak_memory_gib(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+held = b"x" * 2**31
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    run = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(run.stdout) < 1.5
+
+
+@pytest.mark.skipif(not devices.CLEAR.exists(), reason="the system does not forget the peak of memory")
+def test_a_peak_of_memory_can_be_forgotten() -> None:
+    code = """
+import torch
+from utils.devices import forget_peak, peak_memory_gib
+cpu = torch.device("cpu")
+large = torch.ones(2**28)
+before = peak_memory_gib(cpu)
+del large
+forget_peak(cpu)
+print(before - peak_memory_gib(cpu))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(run.stdout) > 0.9
+
+
+def test_a_gpu_that_is_not_there_is_named_with_what_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"GPU 3 does not exist .* it has GPU 0 \(CUDA_VISIBLE_DEVICES=3 hides others"):
+        devices.gpu_ids("3")
 
 
 @pytest.fixture

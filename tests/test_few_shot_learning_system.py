@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, cross_entropy, multi_step_importances
-from meta_neural_network_architectures import Pass, ResNet12, seen_by_tasks
+from meta_neural_network_architectures import Pass, ResNet12, TaskConv2d, seen_by_tasks
 from tests.golden import load
 from tests.golden_cxgrad import Golden, is_accuracy, load_cases, relative_errors
 from tests.naive_reference import naive_loss
@@ -361,6 +361,17 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 def test_too_small_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"images of 8x8 are too small for 4 stages: use larger images or fewer stages"):
         tiny_model(num_stages=4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dilation": 2}, {"groups": 2}, {"stride": (1, 2)}, {"padding": (1, 0)}, {"padding": "same"},
+     {"padding": 1, "padding_mode": "reflect"}],
+)  # fmt: skip
+def test_a_convolution_that_the_inner_loop_would_compute_in_another_way_is_refused(changes: dict[str, Any]) -> None:
+    TaskConv2d(2, 4, 3, stride=2, padding=1)
+    with pytest.raises(ValueError, match="neither dilation nor groups"):
+        TaskConv2d(2, 4, 3, **changes)
 
 
 @pytest.mark.parametrize(("pooling", "padding"), [(True, False), (False, True), (False, False)])

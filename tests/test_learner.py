@@ -13,6 +13,7 @@ import few_shot_learning_system
 import learner
 from experiment_builder import iterations_between_readings
 from few_shot_learning_system import SECOND_ORDER, MAMLFewShotClassifier, Plan
+from learner import Form
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import devices, measurement
 
@@ -115,6 +116,18 @@ def test_a_resumed_run_keeps_the_form_that_was_measured(tmp_path: Path, monkeypa
         assert not resumed.choose_form(four_tasks) and not computed
         resumed.run_train_iter(four_tasks(), 0)
         assert computed == [tasks_per_pass]
+
+
+def test_a_form_that_was_measured_on_another_kind_of_device_is_not_kept(tmp_path: Path) -> None:
+    """A CPU's, which is never captured, would keep a GPU at one task per pass without a word."""
+    model = tiny_model()
+    model.form = Form(2, captured=False)
+    model.save_model(tmp_path / "run_latest", {})
+    resumed = tiny_model()
+    state = resumed.load_model(tmp_path, "run", "latest")
+    assert resumed.form == model.form
+    resumed.load_state({**state, "device": "cuda"}, tmp_path)
+    assert resumed.form is None
 
 
 @pytest.mark.parametrize(("seconds", "iterations"), [(200.0, 1), (4.0, 1), (0.3, 3), (0.001, 50), (0.0, 50)])

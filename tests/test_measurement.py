@@ -38,6 +38,23 @@ def test_the_first_stays_unless_another_is_clearly_faster(
     assert fastest([(i, clock(s)) for i, s in enumerate(seconds)], CPU, warm_up=1) == chosen
 
 
+def test_where_one_call_takes_long_nothing_more_is_measured(clock: Callable[[float], Callable[[], None]]) -> None:
+    calls: list[str] = []
+
+    def noted(name: str, seconds: float) -> Callable[[], None]:
+        takes = clock(seconds)
+
+        def run() -> None:
+            calls.append(name)
+            takes()
+
+        return run
+
+    candidates = [("usual", noted("usual", 11.0)), ("other", noted("other", 0.1))]
+    assert fastest(candidates, CPU, warm_up=3) is None
+    assert calls == ["usual"]
+
+
 def test_a_candidate_that_does_not_fit_in_memory_is_discarded(
     clock: Callable[[float], Callable[[], None]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -161,7 +161,7 @@ def test_shots_and_data_sets_are_scored_at_once_with_a_table_and_a_picture(
 
 
 def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("qpth")
+    pytest.importorskip("qpth", reason="no qpth here; it needs numpy < 2")
     options = Options.from_mapping({"learner": "head", "head": "SVM", "dataset_name": "FC100"})
     model = HeadFewShotClassifier((1, 3, 32, 32), "cpu", options)
     weights = {f"module.{name}": tensor for name, tensor in model.embedding.state_dict().items()}
@@ -188,7 +188,7 @@ def test_a_test_line_of_metaoptnet_scores_an_official_file(data: Path, tmp_path:
 def test_the_solver_of_training_is_kept_when_its_iterations_are_limited(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("qpth")
+    pytest.importorskip("qpth", reason="no qpth here; it needs numpy < 2")
     state = checkpoints.load(finished / "best_model.pth")
     checkpoints.save(state | {"options": state["options"] | {"svm_solver": "qpth"}}, tmp_path / "best_model.pth")
     load = ["--load", str(tmp_path / "best_model.pth"), "--gpu", "cpu", "--dataset_dir", str(data), "--query", "1"]
@@ -293,7 +293,7 @@ def test_an_svm_that_is_not_solved_stops_training_with_the_iteration(
 @pytest.mark.parametrize("solver", ["structured", "qpth"])
 def test_embeddings_that_grow_without_bound_are_named_not_thrown(solver: str, data: Path, tmp_path: Path) -> None:
     if solver == "qpth":
-        pytest.importorskip("qpth")
+        pytest.importorskip("qpth", reason="no qpth here; it needs numpy < 2")
     words = line(data, tmp_path, "--num-epoch", "9", "--meta_learning_rate", "1e8", "--svm_solver", solver)
     with pytest.raises(UserError, match=r"was not solved|the loss is"):
         main(words)

@@ -1,5 +1,6 @@
 """The files that set up an environment agree with one another."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -33,13 +34,19 @@ def pinned_on_linux(python: str) -> dict[str, str]:
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in chosen}
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_pins_meet_what_the_project_asks_for(python: str) -> None:
-    extras = PROJECT["optional-dependencies"]
     pins = pinned_on_linux(python)
-    for text in [*PROJECT["dependencies"], *extras["qp"], *extras["dev"]]:
+    for text in [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]:
         asked = Requirement(text)
-        assert asked.specifier.contains(pins[canonicalize_name(asked.name)]), text
+        if asked.marker is None or asked.marker.evaluate({"python_version": python}):
+            assert asked.specifier.contains(pins[canonicalize_name(asked.name)]), text
+
+
+def test_qpth_and_the_numpy_that_it_needs_are_for_python_before_3_13() -> None:
+    assert all("qpth" in pinned_on_linux(python) for python in ("3.11", "3.12"))
+    assert "qpth" not in pinned_on_linux("3.13")
+    assert pinned_on_linux("3.12")["numpy"].startswith("1.") and pinned_on_linux("3.13")["numpy"].startswith("2.")
 
 
 @pytest.mark.parametrize("pin", PINS, ids=lambda pin: pin.name)
@@ -104,7 +111,7 @@ def test_old_python_is_refused_before_anything_is_made(checkout: Path) -> None:
     result = make(checkout, "test", "PYTHON=./old_python")
     assert result.returncode != 0
     assert "Python 3.9.2" in result.stderr
-    assert "3.11 or 3.12" in result.stderr
+    assert "3.11, 3.12 or 3.13" in result.stderr
     assert not (checkout / ".venv").exists()
 
 

@@ -129,6 +129,12 @@ def test_outer_gradient_through_an_inner_step_equals_pytorch(form: str, dtype: t
         torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_block_of_one_channel_has_both_derivatives(pool: bool) -> None:
+    inputs = made(2, 1, 5, 4), made(1, 1, 3, 3), made(1), made(1)
+    assert_both_derivatives(lambda x, w, *norm: block(x, w, None, (1, 1, 1), *norm, 0.1, pool), *inputs)
+
+
 def test_statistics_in_float32_are_as_precise_as_pytorchs_contiguous_ones() -> None:
     """PyTorch's channels-last kernels add up values one by one; over 90,000 of them that costs two digits."""
     x = made(40, 2, 48, 47, dtype=torch.float32).detach() + 2

@@ -1,15 +1,26 @@
-"""Checkpoint files: written so that a crash leaves the old one or the new one, read without running code in them."""
+"""Checkpoint files: written so that a crash leaves the old one or the new one, read without running code in them.
 
+Models that `utils.export` has written to a folder are read here too: as the state of a checkpoint of weights only.
+"""
+
+import hashlib
 import io
+import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import replace_file
+
+# Files of an exported model; what OPTIONS holds beside the options is in `utils.export.describe`.
+WEIGHTS, OPTIONS = "model.safetensors", "options.json"
 
 
 class DamagedCheckpoint(UserError):
@@ -25,7 +36,12 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, onto the CPU; raises UserError if it is not there, DamagedCheckpoint if it is bad."""
+    """Read what `save` wrote, or the folder of an exported model, onto the CPU.
+
+    Raises UserError if it is not there, DamagedCheckpoint if it is bad.
+    """
+    if path.is_dir():
+        return load_exported(path)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("[!.]*"))) if path.parent.is_dir() else ""
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
@@ -49,3 +65,53 @@ def numpy_scalars() -> list[Any]:
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
     return [*((scalar, name) for name in names), np.dtype, *kinds]
+
+
+# --- exported models ------------------------------------------------------------------------------------------------
+
+PARTS = ("network", "embedding", "head")  # of a checkpoint, those that hold weights
+
+
+def to_safetensors(state: Mapping[str, Any]) -> bytes:
+    """Return the weights of a checkpoint's state, tensor `name` of `part` as part.name."""
+    weights = {f"{part}.{name}": tensor for part in PARTS for name, tensor in state.get(part, {}).items()}
+    # clone: tensors that share memory, or are laid out in another order, are refused
+    return safetensors.torch.save(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    )
+
+
+def load_exported(folder: Path) -> dict[str, Any]:
+    """Read an exported model as a checkpoint's state: its parts, `options`, `normalization` and `iterations_done`.
+
+    Raises UserError if the folder holds no such model, DamagedCheckpoint if a file is missing or not as it was written.
+    """
+    if not ((folder / OPTIONS).is_file() or (folder / WEIGHTS).is_file()):
+        trained = (folder / "saved_models").is_dir()
+        cure = "name one of its checkpoints: saved_models/best, for example" if trained else "utils.export makes them"
+        raise UserError(f"the folder {folder} holds no exported model; {cure}")
+    try:
+        described, data = json.loads((folder / OPTIONS).read_text()), (folder / WEIGHTS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != described["weights_sha256"]:
+            raise ValueError(f"{WEIGHTS} is not the file that {OPTIONS} was written with")
+        weights, normalization = safetensors.torch.load(data), described["normalization"]
+        state = {
+            "options": dict(described["options"]),
+            "normalization": normalization and tuple(map(tuple, normalization)),
+            "iterations_done": described["iterations_done"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(
+            f"the model in {folder} is damaged, or not one that utils.export wrote ({type(error).__name__}: {error}); "
+            "get or export it again"
+        ) from error
+    return state | by_part(weights)
+
+
+def by_part(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return what `to_safetensors` joined: part -> name -> tensor."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for joined, tensor in weights.items():
+        part, _, name = joined.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return parts

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # says on Linux what a container may take
+STATUS = Path("/proc/self/status")  # says on Linux what this process has taken
+CLEAR = Path("/proc/self/clear_refs")  # forgets on Linux the peak of that, when 5 is written to it
 
 
 def choose_device(gpu: str | None) -> torch.device:
@@ -65,6 +68,8 @@ def gpu_ids(gpu: str) -> list[int]:
     ids, count = [part.strip() for part in gpu.split(",")], torch.cuda.device_count()
     if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
         there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
+        if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            there += f" (CUDA_VISIBLE_DEVICES={visible} hides others and counts these from 0)"
         raise UserError(f"GPU {', '.join(missing)} does not exist on this machine: {there}; 'cpu' runs without one")
     return [int(i) for i in ids]
 
@@ -81,12 +86,14 @@ def keep_freed_memory() -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Give unused memory back and, on a GPU, count the peak of memory from here on."""
+    """Give unused memory back, and count the peak of memory from here on."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+        with suppress(OSError):  # where /proc is read-only, the peak stays
+            CLEAR.write_text("5")
 
 
 def host_memory_gib() -> float:
@@ -102,5 +109,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the most memory held so far, in GiB: on the GPU, or by this process for the CPU (Linux, macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if STATUS.is_file():  # on Linux getrusage has the peak of the process that started this one, if that is higher
+        return int(STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30

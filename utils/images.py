@@ -67,6 +67,17 @@ def list_classes(root: Path) -> Listing:
     return Listing(root, class_sizes, files, digest.hexdigest())
 
 
+def list_images(folder: Path) -> list[Path]:
+    """Return what may be images in a folder and its subfolders, in order of their names; none is opened."""
+    found: list[Path] = []
+    for entry in _children(folder):
+        if entry.is_dir(follow_symlinks=False):
+            found += list_images(folder / entry.name)
+        elif _may_be_image(entry):
+            found.append(folder / entry.name)
+    return found
+
+
 def _children(folder: Path) -> list[os.DirEntry[str]]:
     """Return what is visible in a folder, sorted by name."""
     try:
@@ -121,9 +132,14 @@ def plain_image(image: Image.Image, channels: int = 3) -> Image.Image:
 
 def decode_image(path: Path, shape: ImageShape) -> np.ndarray:
     """Return the plain image as (H, W, C) uint8; raises whatever Pillow does on a damaged file."""
-    channels, height, width = shape
     with open_image(path) as image:
-        plain = plain_image(image, channels)
+        return fitted_image(image, shape)
+
+
+def fitted_image(image: Image.Image, shape: ImageShape) -> np.ndarray:
+    """Return the plain image, resized to `shape`, as (H, W, C) uint8."""
+    channels, height, width = shape
+    plain = plain_image(image, channels)
     if plain.size != (width, height):
         plain = plain.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(plain).reshape(height, width, channels)

@@ -199,6 +199,9 @@ class Options:
     experiments_dir: str = free("experiments", "folder that holds all results")
     save_path: str | None = free(None, "folder of results instead; its checkpoints lie directly in it")
     seed: int = fixed(104, "seed of the initial weights", **SEED)
+    num_seeds: int = free(
+        1, "runs from seed and train_seed up, one after the other, in NAME/seed_1, …; then mean and spread", at_least=1
+    )
     total_epochs: int = free(100, "epochs; each ends with a validation and a checkpoint", at_least=1, dry_run=2)
     total_iter_per_epoch: int = fixed(500, "training iterations in an epoch", at_least=1, dry_run=1)
     num_evaluation_tasks: int = fixed(600, "tasks to score; one task has no confidence interval", at_least=2, dry_run=2)

@@ -1,13 +1,10 @@
 """Published accuracies of all rows, read from experiment_scripts/published.csv.
 
-python -m utils.published            prints the tables of docs/results.md
-python -m utils.published --write    writes them into docs/results.md, and into each script its title and accuracies
-
+`python -m utils.results --docs` writes them into docs/results.md, and into each script its title and accuracies.
 The file has one line per number. The first number of a row and shot is the one to compare with; a line without a number
 says that none is known.
 """
 
-import argparse
 import csv
 import re
 import textwrap
@@ -19,8 +16,7 @@ from typing import Any
 
 from utils.errors import UserError
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
-SCRIPTS = RESULTS.parents[1] / "experiment_scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "experiment_scripts"
 TABLE = SCRIPTS / "published.csv"
 
 # Where a number was read: how the source is introduced in a script, and the sign behind the number in docs/results.md.
@@ -30,7 +26,6 @@ MARKS = {
     "S": ("as reported by ", "†"),  # a secondary source
     "unverified": ("unverified: ", "‡"),  # nowhere; quoted from memory
 }
-IN_RESULTS = re.compile(r"(?<=<!-- published -->\n).*(?=<!-- /published -->)", re.S)
 IN_SCRIPT = re.compile(r"(?<=^#!/usr/bin/env bash\n)# .*\n# Published accuracy.*\n(#   .*\n)*")
 
 
@@ -125,18 +120,11 @@ def _table(title: str, lines: Iterable[Published]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write(lines: Sequence[Published]) -> None:
-    """Write the tables into docs/results.md and the headers into the scripts; the rest of each file stays."""
-    RESULTS.write_text(IN_RESULTS.sub(tables(lines), RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
+def write_headers(lines: Iterable[Published]) -> None:
+    """Write into each script its title and its published accuracies; the rest of it stays."""
     for row, of_row in by_row(lines).items():
         script = SCRIPTS / f"{row}.sh"
-        script.write_text(IN_SCRIPT.sub(header(of_row), script.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the document and the scripts, not the screen")
-    if parser.parse_args().write:
-        write(read())
-    else:
-        print(tables(read()), end="")
+        text = script.read_text(encoding="utf-8")
+        old = IN_SCRIPT.search(text)
+        if old and old[0] != header(of_row):
+            script.write_text(text.replace(old[0], header(of_row)), encoding="utf-8")
