@@ -101,7 +101,8 @@ def in_words(estimate: Estimate | None, alone: Sequence[str]) -> str:
     without = f". Never left out, as they are alone in their class: the images of {', '.join(alone)}" if alone else ""
     return (
         f"leave-one-out accuracy on the support: {estimate.accuracy:.0%}, {estimate.right} of {estimate.of} images "
-        f"(95 % interval {low:.0%} to {high:.0%}), each classified after a fit to the others{without}"
+        f"(95 % interval {low:.0%} to {high:.0%}), classified after a fit to the others, where each class has one less"
+        f"{without}"
     )
 
 

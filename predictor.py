@@ -6,7 +6,6 @@ predictor.predict(more_images)
 Images are file names, Pillow images or uint8 arrays, of any sizes; they are resized, and normalised as in training.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,23 +135,29 @@ class Predictor:
         return answers
 
     def leave_one_out(self) -> Estimate | None:
-        """Predict support images by the others: each is left out in turn, at most LEFT_OUT of them, evenly spread.
+        """Predict support images by the others: one of each class is left out at a time, at most LEFT_OUT in all.
 
-        Images that are alone in their class stay, as nothing would be left of it; None if all are. An image is
-        normalised together with the others, as with `one_by_one`.
+        Were it one of a single class, that class would be rarer than the others just when it is the answer, and the
+        estimate too low. Images that are alone in their class stay, as nothing would be left of it; None if all are.
+        An image is normalised together with the others, as with `one_by_one`.
         """
-        sizes = Counter(self._numbers.tolist())
-        several = [i for i, number in enumerate(self._numbers.tolist()) if sizes[number] > 1]
-        chosen = several[:: -(-len(several) // LEFT_OUT) or 1]
-        right = 0
-        with progress_bar(len(chosen), 0, "leave one out") as bar:
-            for i in chosen:
-                others = np.delete(np.arange(len(self._numbers)), i)
+        classes = [np.flatnonzero(self._numbers == number) for number in range(len(self.classes_))]
+        classes = [images for images in classes if len(images) > 1]
+        if not classes:
+            return None
+        rounds = range(max(map(len, classes)))[:: -(-sum(map(len, classes)) // LEFT_OUT)]
+        right = of = 0
+        with progress_bar(len(rounds), 0, "leave one out") as bar:
+            for number in rounds:
+                out = np.array([images[number] for images in classes if number < len(images)])
+                others = np.delete(np.arange(len(self._numbers)), out)
                 adapted = self._adapt(self._support[others], self._numbers[others])
-                logits = self._with_company(adapted, self._support[others], self._support[i : i + 1])
-                right += int(logits.argmax(1).item() == self._numbers[i])
+                for i in out:
+                    logits = self._with_company(adapted, self._support[others], self._support[i : i + 1])
+                    right += int(logits.argmax(1).item() == self._numbers[i])
+                of += len(out)
                 bar.update()
-        return Estimate(right, len(chosen)) if chosen else None
+        return Estimate(right, of)
 
     # --- images ------------------------------------------------------------------------------------------------
 

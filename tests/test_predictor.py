@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -212,6 +213,21 @@ def test_leave_one_out_is_high_for_right_labels_and_low_for_wrong_ones(checkpoin
     assert right and wrong and right.of == wrong.of == 18
     assert right.accuracy > 0.8
     assert wrong.accuracy < 0.6
+
+
+def test_what_is_left_out_makes_no_class_rarer_than_another(checkpoint: Path, tmp_path: Path) -> None:
+    predictor = Predictor.load(checkpoint, "cpu").fit(*images_of(tmp_path / "support", 4, 4, 4))
+    sizes: list[list[int]] = []
+    adapt = predictor._adapt
+
+    def noted(pixels: np.ndarray, numbers: np.ndarray) -> Any:
+        sizes.append(np.bincount(numbers).tolist())
+        return adapt(pixels, numbers)
+
+    with mock.patch.object(predictor, "_adapt", noted):
+        estimate = predictor.leave_one_out()
+    assert estimate and estimate.of == 12
+    assert sizes == [[3, 3, 3]] * 4
 
 
 def test_images_alone_in_their_class_are_never_left_out(checkpoint: Path, tmp_path: Path) -> None:

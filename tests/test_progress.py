@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.progress import set_up_logging
 
 log = logging.getLogger("any module")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_messages_are_lines_of_stdout_and_warnings_say_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,4 +47,11 @@ def test_a_program_ends_with_a_status_and_one_line(
 
 def test_preparing_data_sets_does_not_wait_for_torch() -> None:
     command = [sys.executable, "-c", "import sys, preprocess.preprocess; sys.exit('torch' in sys.modules)"]
-    assert subprocess.run(command, cwd=Path(__file__).resolve().parent.parent, check=False).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_program_whose_reader_has_ended_ends_without_a_word() -> None:
+    talk = "entry.run(lambda: [print('a line') for _ in range(10**5)])"
+    lines = f"import sys; from utils import entry; print({talk}, file=sys.stderr)"
+    run = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{lines}" | head -n 1'], cwd=ROOT, capture_output=True)
+    assert (run.stdout, run.stderr) == (b"a line\n", b"141\n")

@@ -1,5 +1,6 @@
 """How every program of this project ends: what a user can mend is one line on stderr, not a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -7,7 +8,11 @@ from utils.errors import UserError
 
 
 def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
-    """Call `main` and return the exit status: 0, 2 after a UserError, 130 after Ctrl-C, which prints `interrupted`."""
+    """Call `main` and return the exit status.
+
+    It is 0, 2 after a UserError, 130 after Ctrl-C, which prints `interrupted`, and 141, without a word, where whatever
+    reads the output has ended, as `| head` does.
+    """
     try:
         main()
     except UserError as error:
@@ -16,4 +21,7 @@ def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+        return 141
     return 0
