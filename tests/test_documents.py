@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 DOCUMENTS = [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md")), ROOT / "datasets" / "README.md"]
 PLUG_INS = {"Nearest": "adding_a_head.md", "shrink": "adding_a_method.md"}  # words of commands -> who declares them
-NOT_RUN = ("conda ", "source ")  # these set up an environment
+NOT_RUN = ("conda ", "source ", "pip ", "tensorboard ")  # these set up an environment, or serve until they are stopped
 STUB = """#!/bin/sh
 printf '%s\\n' "$(basename "$0")" "$@"
 """
