@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels, query_pixels = predictor.pixels(files), predictor.pixels(queries)
     check_apart(files, pixels, queries, query_pixels)
     predictor.fit(pixels, labels)
-    log.info("%d classes, %d support images, %d query images", len(predictor.classes_), len(files), len(queries))
+    many = "s" * (len(queries) != 1)
+    log.info("%d classes, %d support images, %d query image%s", len(predictor.classes_), len(files), len(queries), many)
     alone = [name for name, size in listing.class_sizes.items() if size == 1]
     log.info("%s", plain(in_words(predictor.leave_one_out(), alone)))
     note_batch_norm(predictor, len(queries))

@@ -12,6 +12,7 @@ from preprocess import staging
 from preprocess.class_folders import add_options, draw_split, from_csv, maker, read_rows, split_folder
 from preprocess.preprocess import main
 from utils.errors import UserError
+from utils.images import list_classes
 
 THIRDS = (0.5, 0.25, 0.25)
 COUNTS = "train 4 classes, 8 images; val 2 classes, 4 images; test 2 classes, 4 images"  # of all photos split so
@@ -118,11 +119,17 @@ def test_a_folder_that_is_split_already_is_refused_but_a_class_may_be_called_tra
 
 def test_an_empty_class_and_an_unreadable_image_are_named(photos: Path, target: Path) -> None:
     (photos / "cow").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*cow holds no images"):
+    with pytest.raises(UserError, match=r"class folder .*cow holds no images.* add some or remove the folder"):
         split_folder(photos, THIRDS, 0, target)
     (photos / "cow" / "0.png").write_bytes(png(1)[:30])
     with pytest.raises(UserError, match=r"1 image cannot be read: \w+/cow/0\.png"):
         split_folder(photos, THIRDS, 0, target)
+
+
+def test_a_folder_one_level_too_high_is_told_apart_from_an_empty_class(photos: Path) -> None:
+    (photos / "README.md").rename(photos.parent / "README.md")
+    with pytest.raises(UserError, match=rf"is {photos} the folder of the class folders \(ant, \.\.\.\)\?"):
+        list_classes(photos.parent)
 
 
 def test_images_that_are_not_directly_in_a_class_folder_are_noted(

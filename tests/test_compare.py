@@ -67,6 +67,18 @@ def test_picture_shows_curves_with_intervals_and_tests(runs: list[Path]) -> None
     assert len(draw(found, []).axes) == 1
 
 
+def test_runs_of_one_name_in_two_places_are_told_apart(tmp_path: Path) -> None:
+    found = read_runs([write_run(tmp_path / place / "glyphs_5way_1shot" / "CxGrad_4conv") for place in ("a", "b")])
+    for run in found:
+        write_results(run.folder, result("glyphs", 0.7))
+    found = read_runs([run.folder for run in found])
+    tests = outcomes(found)
+    assert [row[0] for row in table(found, tests)[1:]] == [str(run.folder) for run in found]
+    axes: list[Any] = draw(found, tests).axes
+    assert len({line.get_color() for line in axes[0].lines}) == 2
+    assert axes[1].get_yticklabels()[0].get_text() == f"{found[0].folder}\nglyphs, 5-way 1-shot"
+
+
 def test_what_cannot_be_compared_is_an_error(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing is no experiment with a finished epoch"):
         read_runs([*runs, tmp_path / "nothing"])

@@ -104,6 +104,14 @@ def test_nothing_of_this_machine_is_in_it(model: Path, cxgrad: Path) -> None:
     assert (options["dataset_dir"], options["experiments_dir"], options["gpu"]) == ("datasets", "experiments", None)
 
 
+def test_a_model_is_taken_where_the_tracker_of_its_training_is_not_known(cxgrad: Path, tmp_path: Path) -> None:
+    path = best(shutil.copytree(cxgrad, tmp_path / "run"))
+    state = checkpoints.load(path)
+    checkpoints.save(state | {"options": state["options"] | {"tracker": "tensorboard"}}, path)
+    export(tmp_path / "run", tmp_path / "model")
+    assert checkpoints.load(tmp_path / "model")["options"]["tracker"] == "none"
+
+
 def test_results_are_those_of_the_exported_epoch(
     model: Path, cxgrad: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

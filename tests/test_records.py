@@ -40,6 +40,16 @@ def test_the_script_is_named_by_the_options_wherever_the_folder_lies(
     assert command(folder) == f"bash experiment_scripts/{script} GPU_ID"
 
 
+def test_a_seed_among_several_belongs_to_the_row_and_script_of_all(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CIFAR_FS_5way_5shot" / "CxGrad_4conv" / "seed_2")
+    of_row = {"dataset_name": "CIFAR_FS", "num_samples_per_class": 5, "experiment_name": "CxGrad_4conv/seed_2"}
+    write_options(folder, **of_row, num_seeds=3)
+    assert command(folder) == "bash experiment_scripts/CIFAR_FS_5way_5shot/CxGrad_4conv.sh GPU_ID --num_seeds 3"
+    run = read_run(folder)
+    assert run.title == "CIFAR_FS_5way_5shot/CxGrad_4conv/seed_2"
+    assert run.setup and run.setup.row == "CIFAR_FS_5way_5shot/CxGrad_4conv"
+
+
 def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"here/logs/summary_statistics.csv.*bash experiment_scripts/.*GPU_ID"):
         read_run(tmp_path / "nothing_5way1shot" / "here")

@@ -61,7 +61,7 @@ def test_mean_and_standard_deviation_are_reported_and_written(
     percent = [100 * accuracy(two_seeds / f"seed_{number}") for number in (1, 2)]
     mean, deviation = sum(percent) / 2, abs(percent[0] - percent[1]) / 2**0.5
     printed = capsys.readouterr().out
-    assert "CxGrad, 4-CONV, toy 2-way 1-shot: single best " in printed
+    assert "CxGrad, 4-CONV, toy 2-way 1-shot, in %: single best " in printed
     assert f"single best {mean:.2f} ± {deviation:.2f} (2 seeds), ensemble" in printed
     (row,) = read_rows(two_seeds / "results.csv")
     assert (row.seeds, row.single, row.single_pm) == (

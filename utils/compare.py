@@ -6,7 +6,8 @@ python -m utils.compare EXPERIMENT EXPERIMENT --to ablation.html
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +54,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [read_run(folder) for folder in different]
 
 
+def names(runs: Sequence[Run]) -> dict[Path, str]:
+    """Return what to call the run of each folder: its title, or the whole path where others have the same title."""
+    titles = Counter(run.title for run in runs)
+    return {run.folder: run.title if titles[run.title] == 1 else str(run.folder) for run in runs}
+
+
 def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """Return each run's tests on each data set and shot."""
     rows, found = published.by_row(published.read()), []
@@ -76,11 +83,11 @@ def check_comparable(runs: Sequence[Run], tests: Sequence[Outcome]) -> None:
 
 def table(runs: Sequence[Run], tests: Sequence[Outcome]) -> list[list[str]]:
     """Return headings and a row for each run and test; accuracies in % with the 95 % CI per episode."""
-    rows = [HEADINGS]
+    rows, named = [HEADINGS], names(runs)
     for run in runs:
         best = run.best
         validation = f"{100 * best.val_accuracy:.2f} ± {100 * best.val_ci95_per_episode:.2f}"
-        start = [run.title, f"{validation} (epoch {best.epoch:.0f})"]
+        start = [named[run.folder], f"{validation} (epoch {best.epoch:.0f})"]
         own = [test for test in tests if test.run is run]
         rows += [[*start, *_cells(test)] for test in own] or [[*start, "not tested", "–", "–", "–"]]
     return rows
@@ -107,18 +114,18 @@ def sources(tests: Sequence[Outcome]) -> list[str]:
 
 def draw(runs: Sequence[Run], tests: Sequence[Outcome]) -> "Figure":
     """Draw the validation accuracy of all runs by iteration and, where there are tests, what they reached."""
-    colours = {run.title: colour for run, colour in zip(runs, COLOURS, strict=False)}
+    colours, named = {run.folder: colour for run, colour in zip(runs, COLOURS, strict=False)}, names(runs)
     height = max(4.2, 1.4 + 0.55 * len(tests))
     if not tests:
         figure, (curves,) = plain((8, height))
     else:
         figure, (curves, points) = plain((13, height), 2)
-        _draw_tests(points, tests, colours)
+        _draw_tests(points, tests, colours, named)
     for run in runs:
-        names = ("iterations", "val_accuracy", "val_ci95_per_episode")
-        done, accuracy, ci = (column(run.epochs, name) for name in names)
-        colour = colours[run.title]
-        curves.plot(done, 100 * accuracy, color=colour, label=_plain(run.title), **marks(len(done)))
+        columns = ("iterations", "val_accuracy", "val_ci95_per_episode")
+        done, accuracy, ci = (column(run.epochs, name) for name in columns)
+        colour = colours[run.folder]
+        curves.plot(done, 100 * accuracy, color=colour, label=_plain(named[run.folder]), **marks(len(done)))
         curves.fill_between(done, 100 * (accuracy - ci), 100 * (accuracy + ci), color=colour, alpha=0.15)
     dress(curves, "Validation accuracy, 95 % CI per episode", xlabel="iterations", ylabel="accuracy (%)")
     curves.set_xlim(left=0)
@@ -126,12 +133,12 @@ def draw(runs: Sequence[Run], tests: Sequence[Outcome]) -> "Figure":
     return figure
 
 
-def _draw_tests(axes: "Axes", tests: Sequence[Outcome], colours: dict[str, str]) -> None:
+def _draw_tests(axes: "Axes", tests: Sequence[Outcome], colours: Mapping[Path, str], named: Mapping[Path, str]) -> None:
     """Draw a line for each test: single best, ensemble with CI and, as a diamond, the published accuracy."""
     for place, test in enumerate(tests):
         for result in test.results:
             ensemble = "ensemble" in result.model
-            colour = colours[test.run.title]
+            colour = colours[test.run.folder]
             at, face = (place + 0.13, "white") if ensemble else (place - 0.13, colour)
             style: dict[str, Any] = {"fmt": "s" if ensemble else "o", "color": colour, "markerfacecolor": face}
             axes.errorbar(result.accuracy, at, xerr=result.ci95_per_episode, capsize=3, **style)
@@ -141,7 +148,7 @@ def _draw_tests(axes: "Axes", tests: Sequence[Outcome], colours: dict[str, str])
     for marker, label, face in keys if any(test.published for test in tests) else keys[:2]:
         axes.plot([], [], marker, color=PUBLISHED, markerfacecolor=face, label=label)
     dress(axes, "Test accuracy, 95 % CI per episode", xlabel="accuracy (%)")
-    axes.set_yticks(range(len(tests)), [f"{test.run.title}\n{test.name}" for test in tests], parse_math=False)
+    axes.set_yticks(range(len(tests)), [f"{named[test.run.folder]}\n{test.name}" for test in tests], parse_math=False)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylim(len(tests) - 0.5, -0.5)
     axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)

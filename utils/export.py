@@ -24,25 +24,20 @@ from uuid import uuid4
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from inner_loop_optimizers import GradientDescent, chosen_rules
 from utils import checkpoints, entry, published
 from utils.checkpoints import OPTIONS, PARTS, WEIGHTS
 from utils.errors import UserError
 from utils.files import replace_file, write_text
 from utils.options import Options, all_defaults
 from utils.progress import set_up_logging
+from utils.results import methods_of
 
 log = logging.getLogger(__name__)
 
 RESULTS, CARD = "test_summary.json", "README.md"
 FILES = {WEIGHTS, OPTIONS, RESULTS, CARD}
 BEST = ("saved_models/best", "saved_models/best_model.pth", "best", "best_model.pth")  # in an experiment's folder
-OF_THIS_MACHINE = ("dataset_dir", "experiments_dir", "save_path", "name_of_args_json_file", "gpu")
-# Rules and heads, where published.csv names the method in another way.
-KNOWN_AS = {
-    **{"GradientDescent": "MAML", "LSLR": "MAML++", "MetaSGD": "Meta-SGD"},
-    **{"SVM-CS": "MetaOptNet-SVM", "Ridge": "MetaOptNet-RR"},
-}
+OF_THIS_MACHINE = ("dataset_dir", "experiments_dir", "save_path", "name_of_args_json_file", "gpu", "tracker")
 
 
 def export(experiment: Path, out: Path) -> None:
@@ -172,14 +167,6 @@ def card_of(state: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path
         epoch=state["history"][-1]["epoch"],
         val_accuracy=state["history"][-1]["val_accuracy"],
     )
-
-
-def methods_of(options: Options) -> list[str]:
-    """Return the names of the methods that the options combine."""
-    if options.head:
-        return [KNOWN_AS.get(options.head, options.head)]
-    rules = [rule for rule in chosen_rules(options) if rule is not GradientDescent] or [GradientDescent]
-    return [KNOWN_AS.get(rule.__name__, rule.__name__) for rule in rules]
 
 
 def metric(result: Mapping[str, Any]) -> dict[str, Any]:

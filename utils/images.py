@@ -53,10 +53,10 @@ def list_classes(root: Path) -> Listing:
             continue
         images = [entry for entry in _children(root / folder.name) if _may_be_image(entry)]
         if not images:
-            raise UserError(
-                f"The class folder {root / folder.name} holds no images. They must lie directly in it: "
-                "add some or remove the folder."
-            )
+            problem = f"The class folder {root / folder.name} holds no images. They must lie directly in it: "
+            inner = [entry.name for entry in _children(root / folder.name) if entry.is_dir()]
+            cure = f"is {root / folder.name} the folder of the class folders ({inner[0]}, ...)?" if inner else ""
+            raise UserError(problem + (cure or "add some or remove the folder."))
         class_sizes[folder.name] = len(images)
         for image in images:
             stat = image.stat(follow_symlinks=not _is_broken_link(image))

@@ -44,6 +44,7 @@ class Setup(NamedTuple):
     num_samples_per_class: int
     test_way: int | None
     test_shots: str | None
+    num_seeds: int
 
     @property
     def chance(self) -> float:
@@ -54,7 +55,12 @@ class Setup(NamedTuple):
     def row(self) -> str:
         """Return where the script of such a run lies below experiment_scripts/, without .sh."""
         shot = "" if self.learner == "head" else f"_{self.num_samples_per_class}shot"
-        return f"{canonical_name(self.dataset_name)}_{self.num_classes_per_set}way{shot}/{self.experiment_name}"
+        return f"{canonical_name(self.dataset_name)}_{self.num_classes_per_set}way{shot}/{self.method}"
+
+    @property
+    def method(self) -> str:
+        """Return the name of the experiment; of a seed among several, of all of them."""
+        return re.sub(r"/seed_\d+$", "", self.experiment_name) if self.num_seeds > 1 else self.experiment_name
 
 
 class Result(NamedTuple):
@@ -113,7 +119,8 @@ class Run(NamedTuple):
 
     @property
     def title(self) -> str:
-        return "/".join(self.folder.resolve().parts[-2:])
+        parts = self.folder.resolve().parts
+        return "/".join(parts[-3:] if re.fullmatch(r"seed_\d+", parts[-1]) else parts[-2:])
 
     @property
     def best(self) -> Epoch:
@@ -134,8 +141,8 @@ def _read_options(path: Path) -> dict[str, Any]:
 
 def read_setup(folder: Path) -> Setup | None:
     """Return how the experiment is trained; None before it has begun. Raises UserError if the file is damaged."""
-    wanted = itemgetter(*Setup._fields)
-    return _parsed(folder / "logs" / "options.json", lambda path: Setup(*wanted(_read_options(path))))
+    wanted, earlier = itemgetter(*Setup._fields), {"num_seeds": 1}  # what earlier versions did not write
+    return _parsed(folder / "logs" / "options.json", lambda path: Setup(*wanted(earlier | _read_options(path))))
 
 
 def read_epochs(folder: Path) -> list[Epoch]:
@@ -221,11 +228,12 @@ def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
 
 def command(folder: Path) -> str:
     """Return the command that trains this experiment, or the pattern of such commands where its name says no method."""
-    script = "any.sh METHOD DATASET SHOT"
+    script, seeds = "any.sh METHOD DATASET SHOT", ""
     if setup := read_setup(folder):
+        seeds = f" --num_seeds {setup.num_seeds}" if setup.num_seeds > 1 else ""
         if (ROOT / "experiment_scripts" / f"{setup.row}.sh").is_file():
             script = f"{setup.row}.sh"
-        elif re.search("_(4conv|resnet12|conv64|r2d2net)$", setup.experiment_name):
+        elif re.search("_(4conv|resnet12|conv64|r2d2net)$", setup.method):
             shot = setup.test_shots if setup.learner == "head" else setup.num_samples_per_class
-            script = f"any.sh {setup.experiment_name} {canonical_name(setup.dataset_name)} {shot}"
-    return f"bash experiment_scripts/{script} GPU_ID"
+            script = f"any.sh {setup.method} {canonical_name(setup.dataset_name)} {shot}"
+    return f"bash experiment_scripts/{script} GPU_ID{seeds}"

@@ -192,14 +192,19 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
 
 def method_of(options: Any) -> str:
     """Return the name of a run's method, as papers spell it; a plug-in's is its class's or head's."""
+    return " + ".join(methods_of(options))
+
+
+def methods_of(options: Any) -> list[str]:
+    """Return the names of the methods that the options combine."""
     if options.learner == "head":
-        return SPELLED.get(str(options.head), str(options.head))
+        return [SPELLED.get(str(options.head), str(options.head))]
     rules = [name for name, rule in RULES.items() if rule.chosen(options)]
     if "LSLR" in rules and options.use_multi_step_loss_optimization:
         rules[rules.index("LSLR")] = "MAML++"
     if "ALFA" in rules and options.random_init:
         rules[rules.index("ALFA")] = "ALFA (random init)"
-    return " + ".join(sorted(SPELLED.get(name, name) for name in rules)) or "MAML"
+    return sorted(SPELLED.get(name, name) for name in rules) or ["MAML"]
 
 
 def over_seeds(rows: Sequence[Row]) -> Row:

@@ -44,7 +44,7 @@ def report(options: Options) -> None:
     alike = [row for row in rows if row.seeds == options.num_seeds]
     for row in alike:
         single, ensemble = results.accuracies(row)
-        log.info("%s: single best %s, ensemble %s %%, mean ± standard deviation", row.title, single, ensemble)
+        log.info("%s, in %%: single best %s, ensemble %s; ± is the standard deviation", row.title, single, ensemble)
     if not alike:
         log.warning("the seeds were not trained or tested alike, so there is no mean of them")
     log.info("table of all tests: %s", folders[0].parent / "results.md")
