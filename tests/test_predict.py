@@ -147,7 +147,9 @@ def test_it_runs_from_the_shell(cxgrad: Path, here: Path) -> None:
         "query",
     ]
     done = subprocess.run([*command, "--gpu", "cpu"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, (
+        done.stderr
+    )  # Matplotlib may speak of its fonts there
     assert done.stdout.endswith("written: predictions/predictions.csv, predictions/predictions.png\n")
 
 
