@@ -600,11 +600,14 @@ class DropBlock(nn.Module):
         chance = torch.rand_like(places, dtype=torch.float32)
         return blank_squares(x, chance < self.gamma(*x.shape[2:]), self.block_size)
 
+    def fraction(self) -> Tensor:
+        """Return which fraction is blanked after n passes: min(0.1, 0.1 n / 40 000)."""
+        return (self.forwards * (FINAL_DROP / DROPBLOCK_RAMP)).clamp(max=FINAL_DROP)
+
     def gamma(self, height: int, width: int) -> Tensor:
-        """Probability of a hit per place and channel, such that a fraction min(0.1, 0.1 n / 40 000) is blanked."""
+        """Return the probability of a hit per place and channel, such that `fraction` is blanked."""
         b = self.block_size
-        fraction = (self.forwards * (FINAL_DROP / DROPBLOCK_RAMP)).clamp(max=FINAL_DROP)
-        return fraction * (height * width / (b**2 * (height - b + 1) * (width - b + 1)))
+        return self.fraction() * (height * width / (b**2 * (height - b + 1) * (width - b + 1)))
 
 
 def missing_counter_is_zero(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

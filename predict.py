@@ -157,6 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels, query_pixels = predictor.pixels(files), predictor.pixels(queries)
     check_apart(files, pixels, queries, query_pixels)
     predictor.fit(pixels, labels)
+    if aside := [path for path in list_images(asked.support) if path not in {*files}]:
+        log.warning(
+            "%s is no support image, as it does not lie directly in a class folder (%d such)", aside[0], len(aside)
+        )
     many = "s" * (len(queries) != 1)
     log.info("%d classes, %d support images, %d query image%s", len(predictor.classes_), len(files), len(queries), many)
     alone = [name for name, size in listing.class_sizes.items() if size == 1]

@@ -202,7 +202,7 @@ def two_equal_one(where: device) -> Outcome:
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the processes ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-        found = torch.load(file)["gradient"]
+        found = torch.load(file, weights_only=True)["gradient"]
     one, _ = outer_gradient(gradient_options(where, **METHODS["CxGrad"]), where, torch.float64)
     return judged((error := relative_error(found, one)) <= Bounds().gradient, {"float64 gradient": error})
 

@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--archives", type=Path, default=ROOT.parent / "shared" / "data", help="[../shared/data]")
     parser.add_argument("--images", type=int, help="of each class that is made up; default: as many as said above")
     options = start(parser, build)
+    archives = options.__dict__.pop("archives")  # where they lie is no setting for the record
     builds: list[Row] = []
     episodes: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -135,9 +136,9 @@ def main() -> None:
             if pixels > 16:
                 episodes += attempt(partial(sample, folder, name, pixels, options.episodes), {"files": name})
         for name, (archive, pixels) in ARCHIVES.items():
-            if (options.archives / archive).exists():
+            if (archives / archive).exists():
                 begin = time.perf_counter()
-                (folder / archive).symlink_to((options.archives / archive).resolve())
+                (folder / archive).symlink_to((archives / archive).resolve())
                 prepare(name, folder)
                 builds += built(folder, name, pixels, {"archive_seconds": time.perf_counter() - begin})
                 episodes += attempt(partial(sample, folder, name, pixels, options.episodes), {"files": name})

@@ -59,3 +59,19 @@ def finished(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("finished")
     main(command(toy_data, results))
     return results
+
+
+@pytest.fixture(scope="session")
+def cxgrad_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the experiment of a small CxGrad model; tests leave it as it is."""
+    from tests.made_models import CXGRAD, train
+
+    return train(tmp_path_factory.mktemp("cxgrad"), *CXGRAD)
+
+
+@pytest.fixture(scope="session")
+def ridge_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the experiment of a small model with a ridge head; tests leave it as it is."""
+    from tests.made_models import RIDGE, train
+
+    return train(tmp_path_factory.mktemp("ridge"), *RIDGE)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tests.browser import Browser
 from tests.made_runs import ROWS, result, write_options, write_results, write_run
 from utils.compare import check_comparable, draw, outcomes, read_runs, sources, table
 from utils.errors import UserError
+from utils.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +48,8 @@ def test_table_has_runs_tests_and_the_published_accuracy_of_the_row(runs: list[P
 
 def test_a_head_is_compared_shot_by_shot(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CIFAR_FS_5way" / "MetaOptNet_SVM_resnet12")
-    write_options(folder, learner="head", dataset_name="CIFAR_FS", experiment_name=folder.name)
+    options = {"learner": "head", "dataset_name": "CIFAR_FS", "head": "SVM-CS", "backbone": "ResNet-12"}
+    write_options(folder, **asdict(Options.from_mapping(options)))
     write_results(folder, *(result("CIFAR_FS", 0.7, trained_on="CIFAR_FS", shot=shot) for shot in (1, 5)))
     numbers = [
         test.published and (test.published.shot, test.published.accuracy) for test in outcomes(read_runs([folder]))

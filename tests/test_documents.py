@@ -9,7 +9,6 @@ import types
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ import torch
 import predict
 import test as test_entry
 import train_maml_system
-from classification_heads import HEADS, ClassificationHead
+from classification_heads import ClassificationHead
 from classification_heads import register as register_head
-from inner_loop_optimizers import RULES, Rule, register
+from inner_loop_optimizers import Rule, register
 from meta_neural_network_architectures import BACKBONES, EMBEDDINGS, register_backbone, register_embedding
 from preprocess.preprocess import prepare
 from tests.made_models import COMMON, CXGRAD
+from tests.registries import forgotten_afterwards
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import export, names, options
 from utils.options import parse_args
@@ -47,14 +47,8 @@ ENTRIES: dict[str, Callable[[list[str]], object]] = {
 @pytest.fixture(autouse=True)
 def registered_for_one_test_only() -> Iterator[None]:
     """Forget afterwards what the documents' code has registered."""
-    registries: list[dict[str, Any]] = [RULES, HEADS, BACKBONES, EMBEDDINGS]
-    registries += [options.declaration(name).choices for name in ("head", "backbone")]
-    before = [*map(dict, registries)], options._current, [*options._checks]
-    yield
-    for registry, kept in zip(registries, before[0], strict=True):
-        registry.clear()
-        registry.update(kept)
-    options._current, options._checks[:] = before[1:]
+    with forgotten_afterwards():
+        yield
 
 
 def run_code(document: str, monkeypatch: pytest.MonkeyPatch, module: str = "of_a_document") -> list[types.ModuleType]:

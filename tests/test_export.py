@@ -13,7 +13,7 @@ import torch
 import test as test_entry
 import train_maml_system as train_entry
 from predictor import Predictor
-from tests.made_models import CXGRAD, RIDGE, arguments, best, train, write_classes
+from tests.made_models import CXGRAD, arguments, best, write_classes
 from utils import checkpoints
 from utils.checkpoints import DamagedCheckpoint
 from utils.errors import UserError
@@ -24,25 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "models" / "glyphs_CxGrad"
 
 
-@pytest.fixture(scope="module")
-def cxgrad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("cxgrad"), *CXGRAD)
-
-
-@pytest.fixture(scope="module")
-def ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("ridge"), *RIDGE)
-
-
-@pytest.fixture(params=["cxgrad", "ridge"])
+@pytest.fixture(params=["cxgrad_run", "ridge_run"])
 def experiment(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
 @pytest.fixture
-def model(cxgrad: Path, tmp_path: Path) -> Path:
-    export(cxgrad, tmp_path / "model")
+def model(cxgrad_run: Path, tmp_path: Path) -> Path:
+    export(cxgrad_run, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -96,16 +86,16 @@ def test_an_experiment_in_a_folder_of_its_own_choice_is_exported(tmp_path: Path)
 # --- what is in it -------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_this_machine_is_in_it(model: Path, cxgrad: Path) -> None:
-    assert checkpoints.load(best(cxgrad))["options"]["dataset_dir"] == str(cxgrad.parents[2] / "datasets")
+def test_nothing_of_this_machine_is_in_it(model: Path, cxgrad_run: Path) -> None:
+    assert checkpoints.load(best(cxgrad_run))["options"]["dataset_dir"] == str(cxgrad_run.parents[2] / "datasets")
     for path in model.iterdir():
-        assert str(cxgrad.parents[2]).encode() not in path.read_bytes(), path.name
+        assert str(cxgrad_run.parents[2]).encode() not in path.read_bytes(), path.name
     options = json.loads((model / "options.json").read_text())["options"]
     assert (options["dataset_dir"], options["experiments_dir"], options["gpu"]) == ("datasets", "experiments", None)
 
 
-def test_a_model_is_taken_where_the_tracker_of_its_training_is_not_known(cxgrad: Path, tmp_path: Path) -> None:
-    path = best(shutil.copytree(cxgrad, tmp_path / "run"))
+def test_a_model_is_taken_where_the_tracker_of_its_training_is_not_known(cxgrad_run: Path, tmp_path: Path) -> None:
+    path = best(shutil.copytree(cxgrad_run, tmp_path / "run"))
     state = checkpoints.load(path)
     checkpoints.save(state | {"options": state["options"] | {"tracker": "tensorboard"}}, path)
     export(tmp_path / "run", tmp_path / "model")
@@ -113,13 +103,13 @@ def test_a_model_is_taken_where_the_tracker_of_its_training_is_not_known(cxgrad:
 
 
 def test_results_are_those_of_the_exported_epoch(
-    model: Path, cxgrad: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    model: Path, cxgrad_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tested = json.loads((cxgrad / "logs" / "test_summary.json").read_text())
+    tested = json.loads((cxgrad_run / "logs" / "test_summary.json").read_text())
     assert [result["model"] for result in tested] == ["single best", "top-2 ensemble"]
     assert json.loads((model / "test_summary.json").read_text()) == tested[:1]
     capsys.readouterr()
-    export(cxgrad, tmp_path / "again")
+    export(cxgrad_run, tmp_path / "again")
     assert "left out: 1 results of ensembles, or of checkpoints other than epoch_" in capsys.readouterr().out
 
 
@@ -138,16 +128,18 @@ def test_the_card_says_what_the_model_is_and_what_was_measured(model: Path) -> N
     assert index["results"][0]["dataset"] == {"type": "colours", "name": "colours", "split": "test"}
 
 
-def test_the_card_of_a_head_says_so(ridge: Path, tmp_path: Path) -> None:
-    export(ridge, tmp_path / "model")
+def test_the_card_of_a_head_says_so(ridge_run: Path, tmp_path: Path) -> None:
+    export(ridge_run, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| method | MetaOptNet-RR (Lee et al., CVPR 2019" in card
     assert "| classes | 2 or more |" in card
     assert "| Ridge lambda_reg=" in card or "| Ridge |" in card
 
 
-def test_a_model_that_was_not_tested_says_so(cxgrad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(cxgrad / "saved_models", tmp_path / "run" / "saved_models")
+def test_a_model_that_was_not_tested_says_so(
+    cxgrad_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cxgrad_run / "saved_models", tmp_path / "run" / "saved_models")
     export(tmp_path / "run", tmp_path / "model")
     assert "warning: the experiment was not meta-tested" in capsys.readouterr().out
     assert "\nNot meta-tested.\n" in (tmp_path / "model" / "README.md").read_text()
@@ -157,13 +149,15 @@ def test_a_model_that_was_not_tested_says_so(cxgrad: Path, tmp_path: Path, capsy
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_export_is_replaced_and_an_empty_folder_filled(model: Path, cxgrad: Path, ridge: Path) -> None:
-    export(ridge, model)
+def test_an_earlier_export_is_replaced_and_an_empty_folder_filled(
+    model: Path, cxgrad_run: Path, ridge_run: Path
+) -> None:
+    export(ridge_run, model)
     assert "embedding" in checkpoints.load(model)
-    export(cxgrad, model)
+    export(cxgrad_run, model)
     assert "network" in checkpoints.load(model)
     (model.parent / "empty").mkdir()
-    export(cxgrad, model.parent / "empty")
+    export(cxgrad_run, model.parent / "empty")
     assert sorted(path.name for path in model.parent.iterdir()) == ["empty", "model"]
 
 
@@ -194,42 +188,42 @@ def remove_options(model: Path) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_folder_with_anything_of_the_users_is_left_alone(
-    change: Callable[[Path], None], message: str, model: Path, cxgrad: Path
+    change: Callable[[Path], None], message: str, model: Path, cxgrad_run: Path
 ) -> None:
     change(model)
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     with pytest.raises(UserError, match=f"{message}; move it away or choose another folder"):
-        export(cxgrad, model)
+        export(cxgrad_run, model)
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
-def test_a_file_in_the_place_of_the_folder_is_left_alone(cxgrad: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_left_alone(cxgrad_run: Path, tmp_path: Path) -> None:
     (tmp_path / "model").write_text("mine")
     with pytest.raises(UserError, match="model is there and is no export"):
-        export(cxgrad, tmp_path / "model")
+        export(cxgrad_run, tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
 
 
-def test_what_cannot_be_exported_is_said(cxgrad: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_said(cxgrad_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no experiment .*absent; name a folder such as"):
         export(tmp_path / "absent", tmp_path / "model")
     with pytest.raises(UserError, match=r"has no checkpoint of a finished epoch: there is no .*saved_models/best"):
         export(tmp_path, tmp_path / "model")
-    shutil.copytree(cxgrad, tmp_path / "run")
+    shutil.copytree(cxgrad_run, tmp_path / "run")
     (tmp_path / "run" / "logs" / "test_summary.json").write_text("[{")
     with pytest.raises(UserError, match=r"test_summary.json is damaged .* move it away and test again"):
         export(tmp_path / "run", tmp_path / "model")
-    state = checkpoints.load(best(cxgrad))
+    state = checkpoints.load(best(cxgrad_run))
     checkpoints.save({"network": state["network"]}, tmp_path / "official" / "best")
     with pytest.raises(UserError, match="official/best does not say how it was trained"):
         export(tmp_path / "official", tmp_path / "model")
     assert not list(tmp_path.glob("*model*")) and not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_cannot_be_written_is_named(cxgrad: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(cxgrad_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"cannot write .*model"):
-        export(cxgrad, tmp_path / "file" / "model")
+        export(cxgrad_run, tmp_path / "file" / "model")
 
 
 # --- folders that are damaged or no export -------------------------------------------------------------------------
@@ -271,11 +265,11 @@ def test_damage_is_found_when_a_model_is_loaded(damage: Callable[[Path], None], 
         Predictor.load(model, "cpu")
 
 
-def test_a_folder_that_is_no_model_is_refused_with_the_cure(cxgrad: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model_is_refused_with_the_cure(cxgrad_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no exported model; utils.export makes them"):
         checkpoints.load(tmp_path)
     with pytest.raises(UserError, match=r"holds no exported model; name one of its checkpoints: saved_models/best"):
-        checkpoints.load(cxgrad)
+        checkpoints.load(cxgrad_run)
 
 
 def test_options_of_a_method_that_is_not_here_are_named(model: Path) -> None:

@@ -1,5 +1,6 @@
 """Rules plug in: one that is defined in a file of its own trains, resumes, is saved and is listed in --help."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import utils.options as options_module
 from experiment_builder import experiment_folder
 from few_shot_learning_system import FIRST_ORDER
 from inner_loop_optimizers import InnerLoop, Rule, State, Weights, register
+from tests.registries import forgotten_afterwards
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
 from utils import checkpoints
 from utils.errors import UserError
@@ -18,13 +20,11 @@ from utils.options import Options, add_options, command_line_parser, opt, parse_
 from utils.synthetic import write_dataset
 
 
-@add_options
 class DecayOptions(Options):
     decay_test: bool = opt(False, "Decay: multiply weights by a learned factor, which the task sees again as its state")
     decay_start: float = opt(0.9, "Decay: the factor at the start", at_least=0)
 
 
-@register
 class Decay(Rule):
     flag = "decay_test"
 
@@ -46,10 +46,6 @@ class MomentumOptions(Options):
     momentum_test: bool = opt(False, "Momentum: inner steps follow a running sum of the gradients")
 
 
-add_options(MomentumOptions)
-
-
-@register
 class Momentum(Rule):
     """A state that the support loss does not depend on, and a step that needs it."""
 
@@ -64,6 +60,17 @@ class Momentum(Rule):
 
     def update_state(self, state: State, by_state: State, gradients: Weights) -> State:
         return {name: 0.9 * state[name] + gradient for name, gradient in gradients.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """Register the rules as a file of the user's would, while these tests run."""
+    with forgotten_afterwards():
+        add_options(DecayOptions)
+        register(Decay)
+        add_options(MomentumOptions)
+        register(Momentum)
+        yield
 
 
 def test_a_rule_of_ones_own_is_an_option_with_help_bounds_and_checks() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import predict
 from predictor import Predictor
-from tests.made_models import CXGRAD, RIDGE, best, train, write_classes
+from tests.made_models import best, write_classes
 from utils.errors import UserError
 from utils.images import list_images
 from utils.prediction_sheet import SHOWN, Answered, prediction_sheet
@@ -22,14 +22,14 @@ from utils.prediction_sheet import SHOWN, Answered, prediction_sheet
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def cxgrad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return best(train(tmp_path_factory.mktemp("cxgrad"), *CXGRAD))
+@pytest.fixture
+def cxgrad(cxgrad_run: Path) -> Path:
+    return best(cxgrad_run)
 
 
-@pytest.fixture(scope="module")
-def ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return best(train(tmp_path_factory.mktemp("ridge"), *RIDGE))
+@pytest.fixture
+def ridge(ridge_run: Path) -> Path:
+    return best(ridge_run)
 
 
 @pytest.fixture
@@ -188,6 +188,16 @@ def test_one_image_of_each_class_gives_no_estimate(
     write_classes(here / "single", 1, 1, 1)
     run(cxgrad, support="single")
     assert "no estimate of the accuracy: each class has one support image" in capsys.readouterr().out
+
+
+def test_an_image_beside_the_class_folders_is_said_to_be_left_out(
+    cxgrad: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(cxgrad)
+    assert "is no support image" not in capsys.readouterr().out
+    shutil.copy("query/class_0/0.png", "support/beside.png")
+    run(cxgrad)
+    assert "warning: support/beside.png is no support image, as it does not lie" in capsys.readouterr().out
 
 
 def test_without_arguments_it_says_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

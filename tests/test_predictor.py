@@ -13,21 +13,21 @@ from scipy.stats import binomtest
 from data import evaluation_episodes, open_dataset
 from few_shot_learning_system import build_learner
 from predictor import LEFT_OUT, Estimate, Predictor
-from tests.made_models import CXGRAD, RIDGE, best, train, write_classes
+from tests.made_models import CXGRAD, best, train, write_classes
 from utils import checkpoints
 from utils.errors import UserError
 from utils.images import list_classes, list_images
 from utils.options import Options
 
 
-@pytest.fixture(scope="module")
-def cxgrad(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return best(train(tmp_path_factory.mktemp("cxgrad"), *CXGRAD))
+@pytest.fixture
+def cxgrad(cxgrad_run: Path) -> Path:
+    return best(cxgrad_run)
 
 
-@pytest.fixture(scope="module")
-def ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return best(train(tmp_path_factory.mktemp("ridge"), *RIDGE))
+@pytest.fixture
+def ridge(ridge_run: Path) -> Path:
+    return best(ridge_run)
 
 
 @pytest.fixture(params=["cxgrad", "ridge"])

@@ -15,9 +15,12 @@ from utils import entry, published
 from utils.errors import UserError
 from utils.figures import column, dress, marks, plain, png
 from utils.files import replace_file
+from utils.options import Options
 from utils.published import Published
 from utils.records import Result, Run, read_run
 from utils.report import write_page
+from utils.results import method_of
+from utils.scores import is_ensemble
 from utils.tables import aligned
 
 if TYPE_CHECKING:
@@ -62,15 +65,16 @@ def names(runs: Sequence[Run]) -> dict[Path, str]:
 
 def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """Return each run's tests on each data set and shot."""
-    rows, found = published.by_row(published.read()), []
+    lines, found = published.read(), []
     for run in runs:
-        lines = rows.get(run.setup.row, []) if run.setup else []
+        options = Options.from_mapping(run.options, str(run.folder), saved=True)
+        method, network = method_of(options), options.backbone
         for protocol, dataset in dict.fromkeys((result.protocol, result.dataset) for result in run.results):
             results = [one for one in run.results if (one.protocol, one.dataset) == (protocol, dataset)]
             first = results[0]
-            numbers = [line for line in lines if line.shot == first.shot and line.accuracy is not None]
-            own = dataset == first.trained_on and bool(lines) and lines[0].way == first.way
-            found.append(Outcome(run, results, numbers[0] if own and numbers else None))
+            line = published.line_of(lines, method, network, dataset, first.way, first.shot)
+            known = line if line and line.accuracy is not None and dataset == first.trained_on else None
+            found.append(Outcome(run, results, known))
     return found
 
 
@@ -95,7 +99,7 @@ def table(runs: Sequence[Run], tests: Sequence[Outcome]) -> list[list[str]]:
 
 def _cells(test: Outcome) -> list[str]:
     single, ensemble = (
-        [f"{r.accuracy:.2f} ± {r.ci95_per_episode:.2f}" for r in test.results if ("ensemble" in r.model) == wanted]
+        [f"{r.accuracy:.2f} ± {r.ci95_per_episode:.2f}" for r in test.results if is_ensemble(r.model) == wanted]
         for wanted in (False, True)
     )
     number = test.published and f"{test.published.number}{published.MARKS[test.published.mark][1]}"
@@ -137,7 +141,7 @@ def _draw_tests(axes: "Axes", tests: Sequence[Outcome], colours: Mapping[Path, s
     """Draw a line for each test: single best, ensemble with CI and, as a diamond, the published accuracy."""
     for place, test in enumerate(tests):
         for result in test.results:
-            ensemble = "ensemble" in result.model
+            ensemble = is_ensemble(result.model)
             colour = colours[test.run.folder]
             at, face = (place + 0.13, "white") if ensemble else (place - 0.13, colour)
             style: dict[str, Any] = {"fmt": "s" if ensemble else "o", "color": colour, "markerfacecolor": face}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import replace_file, write_csv
+from utils.scores import is_ensemble
 from utils.tables import aligned
 
 
@@ -15,7 +16,7 @@ def write_cross_domain(folder: Path, results: Sequence[Mapping[str, Any]]) -> st
     """
     from matplotlib.figure import Figure  # slow to import, and not needed by those who test on one data set
 
-    models = ["ensemble" if "ensemble" in result["model"] else result["model"] for result in results]
+    models = ["ensemble" if is_ensemble(result["model"]) else result["model"] for result in results]
     names = [f"{result['shot']}-shot, {model}" for result, model in zip(results, models, strict=True)]
     found = {(name, result["dataset"]): result for name, result in zip(names, results, strict=True)}
     rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))

@@ -13,8 +13,7 @@ Looking changes nothing of the run: neither weights nor statistics, nor what is 
 """
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,28 +27,27 @@ from few_shot_learning_system import EVALUATION, InnerStep, MAMLFewShotClassifie
 from head_learning_system import HeadFewShotClassifier
 from inner_loop_optimizers import CxGrad
 from learner import FewShotLearner, Tasks
-from meta_neural_network_architectures import DROPBLOCK_RAMP, FINAL_DROP, DropBlock
+from meta_neural_network_architectures import DropBlock
 from utils.devices import peak_memory_gib
 from utils.files import write_text
 from utils.records import read_diagnostics
 
 TASKS = 8  # the first of the validation
-SECONDS, FEWEST = 1.0, 2  # after so long no further tasks are looked at, where so many were
 Series = dict[str, Tensor]  # name -> (steps, tasks)
 
 
 def diagnose(model: FewShotLearner, episodes: Episodes, epoch: int) -> dict[str, Any]:
-    """Return the record of an epoch: the model on the first `TASKS` of these tasks, fewer where that takes long."""
-    record: dict[str, Any] = {"epoch": epoch, "iterations": model.iterations_done}
+    """Return the record of an epoch: the model on the first `TASKS` of these tasks."""
+    record: dict[str, Any] = {"epoch": epoch, "iterations": model.iterations_done, "tasks": TASKS}
     record["peak_memory_gib"] = rounded(peak_memory_gib(model.device))
     for module in model.modules():
         if isinstance(module, DropBlock):
-            record["dropblock_keep"] = rounded(1 - FINAL_DROP * min(1, module.forwards.item() / DROPBLOCK_RAMP))
+            record["dropblock_keep"] = rounded(1 - module.fraction().item())
     with untouched(model):
         tasks = model._to_device(episodes.batch(0, TASKS), model.options.evaluation_task[0])
-        joined = _look_at_some(model, model._passes(tasks))
-    count = next((series.shape[1] for series in joined.values()), 0)
-    return record | {"tasks": count, "series": {name: summary(series) for name, series in joined.items()}}
+        parts = [_look(model, part) for part in model._passes(tasks)]
+    joined = {name: torch.cat([part[name] for part in parts], 1).double().cpu() for name in parts[0]}
+    return record | {"series": {name: summary(series) for name, series in joined.items()}}
 
 
 def summary(series: Tensor) -> dict[str, list[float]]:
@@ -80,18 +78,6 @@ def untouched(model: FewShotLearner) -> Iterator[None]:
         finally:
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-
-
-def _look_at_some(model: FewShotLearner, passes: Iterable[Tasks]) -> Series:
-    """Return what is seen of the tasks that there is time for, on the CPU."""
-    end, seen, found = time.monotonic() + SECONDS, 0, []
-    for part in passes:
-        series = {name: values.double().cpu() for name, values in _look(model, part).items()}
-        found.append(series)
-        seen += len(part.x_support)
-        if seen >= FEWEST and time.monotonic() > end:
-            break
-    return {name: torch.cat([series[name] for series in found], 1) for name in found[0]}
 
 
 def _look(model: FewShotLearner, tasks: Tasks) -> Series:

@@ -17,11 +17,12 @@ from utils.diagnostics import diagnose, write_diagnostics
 from utils.options import Options, all_defaults, declaration, unmet
 from utils.records import read_run
 from utils.report import update_report
+from utils.scores import is_ensemble
 from utils.trackers import TRACKERS, Tracker
 
 log = logging.getLogger(__name__)
 
-DRAW_EVERY_SECONDS = 20.0  # drawing takes about one
+DRAW_EVERY_SECONDS = 60.0  # drawing takes about two
 
 
 class Observer:
@@ -120,5 +121,5 @@ def hyperparameters(options: Options) -> dict[str, Any]:
 
 def accuracies(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the accuracies of a test by data set, shot and model."""
-    models = {result["model"]: "ensemble" if "ensemble" in result["model"] else "single" for result in results}
+    models = {result["model"]: "ensemble" if is_ensemble(result["model"]) else "single" for result in results}
     return {f"test/{r['dataset']}_{r['shot']}shot_{models[r['model']]}": r["accuracy"] for r in results}

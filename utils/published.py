@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.names import same_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "experiment_scripts"
 TABLE = SCRIPTS / "published.csv"
@@ -80,6 +81,17 @@ def by_row(lines: Iterable[Published]) -> dict[str, list[Published]]:
     for line in lines:
         rows.setdefault(line.row, []).append(line)
     return rows
+
+
+def line_of(
+    lines: Iterable[Published], method: str, network: str, dataset: str, way: int, shot: int
+) -> Published | None:
+    """Return the first line of a row and shot; None if there is no such row."""
+    for line in lines:
+        same = (line.method, line.network, line.way, line.shot) == (method, network, way, shot)
+        if same and same_dataset(line.dataset, dataset):
+            return line
+    return None
 
 
 def header(lines: Sequence[Published]) -> str:

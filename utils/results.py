@@ -28,10 +28,10 @@ from utils import entry, published
 from utils.environment import read_environments
 from utils.errors import UserError
 from utils.files import write_csv, write_text
-from utils.names import same_dataset
 from utils.options import Options, declaration
 from utils.progress import set_up_logging
 from utils.published import MARKS, SCRIPTS, Published
+from utils.scores import is_ensemble
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
     """Return the line of one training and one protocol from its results, of single models first."""
     first, found = results[0], {}
     for result in reversed(results):
-        kind = "ensemble" if "ensemble" in result["model"] else "single"
+        kind = "ensemble" if is_ensemble(result["model"]) else "single"
         found[kind] = [round(100 * result[key], 2) for key in ("accuracy", "ci95_per_episode")]
     single, ensemble = (found.get(kind, [None, None]) for kind in ("single", "ensemble"))
     method = method_of(options)
@@ -229,11 +229,7 @@ def over_seeds(rows: Sequence[Row]) -> Row:
 
 def published_line(row: Row, lines: Iterable[Published]) -> Published | None:
     """Return the first published line of the row that a run is of; None if there is no such row."""
-    for line in lines:
-        same = (line.method, line.network, line.way, line.shot) == (row.method, row.network, row.way, row.shot)
-        if same and same_dataset(line.dataset, row.trained_on):
-            return line
-    return None
+    return published.line_of(lines, row.method, row.network, row.trained_on, row.way, row.shot)
 
 
 def recipe_iterations(line: Published) -> int:

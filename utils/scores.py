@@ -28,3 +28,8 @@ def score(logits: Tensor, labels: Tensor) -> Score:
         1.96 * (accuracy * (1 - accuracy) / correct.numel()) ** 0.5,
         loss,
     )
+
+
+def is_ensemble(model: str) -> bool:
+    """Return whether a result's `model` ("single best", "top-3 ensemble", ...) is an ensemble."""
+    return "ensemble" in model
