@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from preprocess.preprocess import declared, ensure_builtin, main, prepare
 from preprocess.writing import write_images
 from tests.made_archives import pack, png
 from utils.errors import UserError
-from utils.images import list_classes
+from utils.images import in_order, list_classes
 from utils.names import KNOWN, canonical_name, find_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,21 @@ def test_ctrl_c_removes_the_staging_folder(half_built: subprocess.Popen[bytes], 
     assert half_built.returncode == 130
     assert said.decode() == "interrupted: no half data set is left; run the same command again\n"
     assert left_in(tmp_path) == []
+
+
+def test_ctrl_c_takes_effect_between_the_calls_of_a_pool() -> None:
+    """Within one it can leave a lock held, and the program then waits for it for ever."""
+    finished = []
+
+    class Piece(Future[int]):
+        def result(self, timeout: float | None = None) -> int:
+            os.kill(os.getpid(), signal.SIGINT)
+            finished.append(self)
+            return 1
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order([first := Piece(), Piece()], ahead=1))
+    assert finished == [first]
 
 
 def test_what_a_killed_build_of_the_same_process_id_left_is_cleaned_up(tmp_path: Path) -> None:

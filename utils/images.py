@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
+from utils.progress import stop_requests
 
 Result = TypeVar("Result")
 ImageShape = tuple[int, int, int]  # (C, H, W), C = 3 for RGB, 1 for grey
@@ -186,14 +188,19 @@ def in_processes(
 
 
 def in_order(submitted: Iterable[Future[Result]], ahead: int) -> Iterator[Result]:
-    """Yield results as a pool's map does, but at most `ahead` pieces are under way or wait for a slow consumer."""
+    """Yield results as a pool's map does, but at most `ahead` pieces are under way or wait for a slow consumer.
+
+    Ctrl-C takes effect between the calls of the pool: inside one it can leave a lock held that the pool waits for.
+    """
     pending: deque[Future[Result]] = deque()
-    for future in submitted:
-        pending.append(future)
-        if len(pending) > ahead:
+    rest = iter(submitted)
+    with stop_requests(signal.SIGINT) as stop:
+        while not stop:
+            pending.extend(islice(rest, ahead + 1 - len(pending)))
+            if not pending:
+                return
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        raise KeyboardInterrupt
 
 
 def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:

@@ -44,13 +44,15 @@ def progress_bar(total: int | None, initial: int, title: str, unit: str = "it") 
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """While inside, Ctrl-C and SIGTERM put an exit status into the list; a second signal acts as it usually does.
+def stop_requests(*signals: signal.Signals) -> Iterator[list[int]]:
+    """While inside, these signals put an exit status into the list; a second one acts as it usually does.
+
+    Without arguments they are Ctrl-C's and SIGTERM. Only the main thread of a process may call this.
 
     Under torchrun a second one adds to the list only: Slurm signals the processes, and torchrun, which passes it on.
     """
     requests: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in signals or (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: object) -> None:
         requests.append(128 + number)
