@@ -25,15 +25,14 @@ MAMLPP: dict[str, Any] = {LSLR: True, "per_step_bn_statistics": True, "use_multi
 MAMLPP |= {"multi_step_loss_num_epochs": 3, "clamp_outer_gradients": 0.01, "first_order_to_second_order_epoch": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "MAML": {}, "CxGrad": {"contextual_grad": True},
-    "MAML++": MAMLPP, "CxGrad MAML++": {**MAMLPP, "contextual_grad": True},
+    "CxGrad MAML++": {**MAMLPP, "contextual_grad": True},
     "ALFA": {"alfa": True}, "L2F": {"attenuate": True}, "ANIL": {"inner_loop_part": "head"},
     "BOIL": {"inner_loop_part": "body"}, "Meta-SGD": {"meta_sgd": True}, "running": {"batch_norm": "running"},
-    "CxGrad task by task": {"contextual_grad": True, "tasks_per_pass": 1},
     "CxGrad two tasks per pass": {"contextual_grad": True, "tasks_per_pass": 2},
     "CxGrad checkpointed": {"contextual_grad": True, "checkpoint_inner_steps": True},
     "MAML++ checkpointed": {**MAMLPP, "checkpoint_inner_steps": True, "tasks_per_pass": 3},
 }  # fmt: skip
-EPOCHS = (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
+EPOCHS = (0, 0, 0, 1, 1, 1, 3, 3, 3)
 
 
 class StandIn:
@@ -106,10 +105,11 @@ def test_replayed_training_equals_eager_training_bit_for_bit(method: str, monkey
     monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
     eager = tiny_model(torch.float32, **METHODS[method])
     replayed, recorder = captured_model(**METHODS[method])
-    expected = everything(eager, train(eager, EPOCHS))
-    assert same(everything(replayed, train(replayed, EPOCHS)), expected)
-    plans = 3 if "MAML++" in method else 1  # first order with MSL, second order with MSL, second order without
-    assert (recorder.captures, recorder.warm_ups, recorder.replays) == (plans, plans, len(EPOCHS) - plans)
+    # of MAML++: first order with MSL, second order with MSL, second order without
+    epochs, plans = (EPOCHS, 3) if "MAML++" in method else (EPOCHS[:4], 1)
+    expected = everything(eager, train(eager, epochs))
+    assert same(everything(replayed, train(replayed, epochs)), expected)
+    assert (recorder.captures, recorder.warm_ups, recorder.replays) == (plans, plans, len(epochs) - plans)
 
 
 def test_a_capture_follows_three_eager_calls_and_every_change_of_shape_or_dtype() -> None:
@@ -190,14 +190,14 @@ def test_an_error_of_the_learner_itself_is_no_refusal() -> None:
 def test_a_run_that_is_resumed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
     through, _ = captured_model(**METHODS["CxGrad MAML++"])
-    kept = train(through, EPOCHS)
+    kept = train(through, [1] * 6)
     stopped, _ = captured_model(**METHODS["CxGrad MAML++"])
-    first = train(stopped, EPOCHS[:5])
+    first = train(stopped, [1] * 3)
     stopped.save_model(tmp_path / "run_latest", {})
     resumed, recorder = captured_model(seed=1, **METHODS["CxGrad MAML++"])
-    train(resumed, EPOCHS[:3])  # a capture before loading is one of the same tensors
+    train(resumed, [1] * 3)  # a capture before loading is one of the same tensors
     resumed.load_model(tmp_path, "run", "latest")
-    rest = train(resumed, EPOCHS[5:], first=5)
+    rest = train(resumed, [1] * 3, first=3)
     assert recorder.replays > 3
     assert same(everything(resumed, [*first, *rest]), everything(through, kept))
 

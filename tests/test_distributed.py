@@ -50,8 +50,8 @@ def recorded(rank: int) -> Iterator[list[Message]]:
         dist.destroy_process_group()
 
 
-HEAD = head_options("conv64", "Ridge")
-CXGRAD = gradient_options(contextual_grad=True, batch_norm="running")
+HEAD = head_options("conv64", "Ridge", num_evaluation_tasks=2)
+CXGRAD = gradient_options(contextual_grad=True, batch_norm="running", num_evaluation_tasks=2)
 
 
 @pytest.mark.parametrize("options", [HEAD, CXGRAD], ids=["head", "CxGrad"])
