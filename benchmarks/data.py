@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--archives", type=Path, default=ROOT.parent / "shared" / "data", help="[../shared/data]")
     parser.add_argument("--images", type=int, help="of each class that is made up; default: as many as said above")
     options = start(parser, build)
-    archives = options.__dict__.pop("archives")  # where they lie is no setting for the record
+    archives = vars(options).pop("archives")  # where they lie is no setting for the record
     builds: list[Row] = []
     episodes: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:

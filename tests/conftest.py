@@ -75,3 +75,19 @@ def ridge_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.made_models import RIDGE, train
 
     return train(tmp_path_factory.mktemp("ridge"), *RIDGE)
+
+
+@pytest.fixture
+def cxgrad(cxgrad_run: Path) -> Path:
+    """Return the best checkpoint of the small CxGrad model."""
+    from tests.made_models import best
+
+    return best(cxgrad_run)
+
+
+@pytest.fixture
+def ridge(ridge_run: Path) -> Path:
+    """Return the best checkpoint of the small model with a ridge head."""
+    from tests.made_models import best
+
+    return best(ridge_run)

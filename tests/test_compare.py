@@ -46,6 +46,11 @@ def test_table_has_runs_tests_and_the_published_accuracy_of_the_row(runs: list[P
     assert source.startswith("MAML, 4-CONV, CIFAR-FS 5-way 5-shot: ") and number in source
 
 
+def test_a_run_of_unknown_options_has_no_published_accuracy(runs: list[Path]) -> None:
+    (runs[0] / "logs" / "options.json").unlink()
+    assert not any(test.published for test in outcomes(read_runs(runs)))
+
+
 def test_a_head_is_compared_shot_by_shot(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CIFAR_FS_5way" / "MetaOptNet_SVM_resnet12")
     options = {"learner": "head", "dataset_name": "CIFAR_FS", "head": "SVM-CS", "backbone": "ResNet-12"}

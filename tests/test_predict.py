@@ -14,22 +14,12 @@ from PIL import Image
 
 import predict
 from predictor import Predictor
-from tests.made_models import best, write_classes
+from tests.made_models import write_classes
 from utils.errors import UserError
 from utils.images import list_images
 from utils.prediction_sheet import SHOWN, Answered, prediction_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def cxgrad(cxgrad_run: Path) -> Path:
-    return best(cxgrad_run)
-
-
-@pytest.fixture
-def ridge(ridge_run: Path) -> Path:
-    return best(ridge_run)
 
 
 @pytest.fixture

@@ -20,16 +20,6 @@ from utils.images import list_classes, list_images
 from utils.options import Options
 
 
-@pytest.fixture
-def cxgrad(cxgrad_run: Path) -> Path:
-    return best(cxgrad_run)
-
-
-@pytest.fixture
-def ridge(ridge_run: Path) -> Path:
-    return best(ridge_run)
-
-
 @pytest.fixture(params=["cxgrad", "ridge"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)

@@ -67,12 +67,13 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """Return each run's tests on each data set and shot."""
     lines, found = published.read(), []
     for run in runs:
-        options = Options.from_mapping(run.options, str(run.folder), saved=True)
+        options = Options.from_mapping(run.options, str(run.folder / "logs" / "options.json"), saved=True)
         method, network = method_of(options), options.backbone
+        rows = lines if run.options else []  # without its options a run is of no known row
         for protocol, dataset in dict.fromkeys((result.protocol, result.dataset) for result in run.results):
             results = [one for one in run.results if (one.protocol, one.dataset) == (protocol, dataset)]
             first = results[0]
-            line = published.line_of(lines, method, network, dataset, first.way, first.shot)
+            line = published.line_of(rows, method, network, dataset, first.way, first.shot)
             known = line if line and line.accuracy is not None and dataset == first.trained_on else None
             found.append(Outcome(run, results, known))
     return found

@@ -22,7 +22,7 @@ from utils.trackers import TRACKERS, Tracker
 
 log = logging.getLogger(__name__)
 
-DRAW_EVERY_SECONDS = 60.0  # drawing takes about two
+DRAW_EVERY_SECONDS = 60.0  # drawing takes one to two
 
 
 class Observer:
