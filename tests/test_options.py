@@ -14,7 +14,6 @@ import utils.options as options_module
 from classification_heads import head_options
 from utils.errors import UserError
 from utils.options import (
-    DEAD_KEYS,
     Options,
     Policy,
     add_check,
@@ -90,26 +89,6 @@ def test_bad_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         parse_args(["--name_of_args_json_file", str(file)])
-
-
-def test_official_json_files_run_and_dead_keys_give_one_warning_each(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Keys of the official CxGrad, MAML++ and ALFA files, among them those that their programs never read."""
-    dead = {"weight_decay": 0.0, "evalute_on_test_set_only": False, "gpu_to_use": 0, "dropout_rate_value": 0.0}
-    dead |= {"task_learning_rate": 0.1, "continue_from_epoch": -2, "num_of_gpus": 1, "samples_per_iter": 1}
-    live = {
-        "backbone": "4-CONV",
-        "contextual_grad": True,
-        "second_order": "true",
-        "init_inner_loop_weight_decay": 0.0005,
-    }
-    file = tmp_path / "official.json"
-    file.write_text(json.dumps({**dead, **live}))
-    options: Any = parse_args(["--name_of_args_json_file", str(file), "--second_order", "false"])
-    assert (options.contextual_grad, options.second_order, options.continue_from_epoch) == (True, False, "latest")
-    named = [record.getMessage().split("'")[1] for record in caplog.records]
-    assert sorted(named) == sorted(dead)
 
 
 def test_missing_json_file_is_named(tmp_path: Path) -> None:
@@ -216,14 +195,6 @@ def test_changes_reset_what_they_make_idle() -> None:
     assert head_options(changed(trained, {"head": "Ridge"})) == {}
     with pytest.raises(UserError, match="--svm_max_iter has no effect with --svm_solver structured"):
         changed(trained, {"svm_solver": "structured", "svm_max_iter": 3})
-
-
-def test_official_json_keys_are_all_known() -> None:
-    known = set(all_defaults()) | DEAD_KEYS.keys()
-    listed = Path(__file__).resolve().parents[2] / "shared" / "facts" / "official_json_keys.json"
-    if not listed.exists():
-        pytest.skip("../shared is not here")
-    assert json.loads(listed.read_text()).keys() <= known
 
 
 @pytest.fixture

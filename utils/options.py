@@ -590,7 +590,7 @@ images are cached by themselves: reset_stored_paths load_from_npz_files load_int
 it has no counterpart: use_gdrive reverse_channels architecture_name total_epochs_before_pause;
 --rotate_classes says whether training turns classes: augment_images;
 --batch_size counts the tasks of a meta-batch: samples_per_iter;
---init_inner_loop_learning_rate is the inner rate: task_learning_rate;
+--init_inner_loop_learning_rate is the inner rate, though MAML++'s own program takes this key's: task_learning_rate;
 a file cannot say where a run stands, the command line can: continue_from_epoch
 """
 _REASONS = [entry.strip().split(": ") for entry in _NO_EFFECT.split(";")]
