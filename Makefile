@@ -65,10 +65,11 @@ $(READY): requirements.txt
 	cache=$$(.venv/bin/uv cache dir)
 	mkdir -p "$$cache" 2>/dev/null || { cache=$$PWD/.venv/.uv-cache; mkdir -p "$$cache"; export UV_CACHE_DIR=$$cache; }
 	[[ $$(stat -c %d "$$cache") == $$(stat -c %d .venv) ]] || export UV_LINK_MODE=copy
+	# Compiled beforehand, because where Python is told to write no bytecode every process would compile torch anew.
 	# The mark outlives an install that was cut short; what that one left half-written is then replaced.
 	again=
 	[[ ! -e .venv/.installing ]] || again=--reinstall
 	touch .venv/.installing
-	.venv/bin/uv pip install --python .venv/bin/python $$again -r requirements.txt
+	.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode $$again -r requirements.txt
 	rm .venv/.installing
 	touch $@

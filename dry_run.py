@@ -44,7 +44,7 @@ def shrink(options: Options, folder: Path) -> Options:
     """Return the options of the same method on fewer, smaller images with a narrower network, all in `folder`."""
     declared = {name: declaration(name) for name in all_defaults()}
     tiny = {n: d.dry_run for n, d in declared.items() if d.dry_run is not None and not unmet(d.only, options)}
-    ranks, side = distributed.world_size(), 32 if options.conv_padding else 64
+    ranks, side = distributed.world_size(), 16 if options.conv_padding else 64
     return dataclasses.replace(
         options,
         dataset_dir=str(folder),

@@ -44,12 +44,12 @@ TIERED = 780_000  # images of tieredImageNet
 
 
 def write_jpegs(folder: Path, width: int, height: int, each: int) -> float:
-    """20 classes of `each` textures; returns the mean kB of a file."""
+    """20 classes of `each` parts of a texture; returns the mean kB of a file."""
     random = np.random.default_rng(0)
+    texture = _texture(random, 2 * height, 2 * width)
     size = 0
     for k in range(20):
         (folder / f"class{k:02}").mkdir(parents=True)
-        texture = _texture(random, 2 * height, 2 * width)
         for i in range(each):
             top, left = random.integers(0, (height, width))
             file = folder / f"class{k:02}/{i:05}.jpg"

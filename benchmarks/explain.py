@@ -189,7 +189,9 @@ def fastest(work: Callable[[], Any], device: str) -> float:
 
 def by_kind(case: Row, calls: Sequence[Call], limits: Limits) -> list[Row]:
     """Return a row for each kind of call, the longest first, and one for all."""
-    kinds = {call.kind: [other for other in calls if other.kind == call.kind] for call in calls}
+    kinds: dict[str, list[Call]] = {}
+    for call in calls:
+        kinds.setdefault(call.kind, []).append(call)
     rows = [{**case, "kind": name, **sums(of_kind, limits)} for name, of_kind in kinds.items()]
     return [*sorted(rows, key=lambda row: -row["floor_ms"]), {**case, "kind": "all", **sums(calls, limits)}]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.explain import Call, Counting, Limits, counting, floors
 from benchmarks.peers import INNER_RATE, OUTER_RATE, STEPS, Batch, Step, moved, task_by_task
 from captured_gradients import WARM_UP
 from tests.stand_in_cuda import stand_in_cuda
+from utils.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--size", "16", "--filters", "4", "--targets", "2", "--shots", "1"]
@@ -37,8 +39,12 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_writes_a_record_without_a_failure(script: str, tmp_path: Path) -> None:
     extra = ["--experiments_dir", str(tmp_path / "experiments")] if script == "methods" else []
+    if script == "methods":  # its rows are of 28 pixels, 1 shot and 15 queries
+        write_dataset(tmp_path / "datasets" / "glyphs", 5, 16, (28, 28))
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *SCRIPTS[script], *extra]
-    subprocess.run([*command, "--device", "cpu", "--threads", "1", "--results", str(tmp_path)], check=True, cwd=ROOT)
+    command += ["--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
+    environment = os.environ | {"DATASET_DIR": str(tmp_path / "datasets")}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
     assert record["benchmark"] == script

@@ -77,7 +77,12 @@ def test_runs_that_differ_fail(tmp_path: Path) -> None:
     def wrong(*given: Tensor) -> Tensor:
         return plain(*given) * (1 + next(calls) / 10**6)
 
-    with mock.patch.object(few_shot_learning_system, "cross_entropy", wrong), pytest.raises(SystemExit):
+    with (
+        mock.patch.object(cases, "METHODS", {"CxGrad": cases.METHODS["CxGrad"]}),
+        mock.patch.object(cases, "HEADS", []),
+        mock.patch.object(few_shot_learning_system, "cross_entropy", wrong),
+        pytest.raises(SystemExit),
+    ):
         lines_of(tmp_path, "--only", "repeats")
     assert recorded(tmp_path)["repeats"]["CxGrad"]["verdict"] == "FAILED"
 

@@ -156,8 +156,12 @@ class Options:
     learnable_bn_beta: bool = opt(True, "train the batch norm's shift", only=GRADIENT)
 
     # --- inner loop -------------------------------------------------------------------------------------------
-    number_of_training_steps_per_iter: int = opt(5, "inner steps in training", at_least=1, only=GRADIENT, test="warn")
-    number_of_evaluation_steps_per_iter: int = fixed(5, "inner steps in evaluation", at_least=1, only=GRADIENT)
+    number_of_training_steps_per_iter: int = opt(
+        5, "inner steps in training", at_least=1, only=GRADIENT, test="warn", dry_run=2
+    )
+    number_of_evaluation_steps_per_iter: int = fixed(
+        5, "inner steps in evaluation", at_least=1, only=GRADIENT, dry_run=2
+    )
     init_inner_loop_learning_rate: float = opt(
         0.01, "inner learning rate (initial value where it is learned)", at_least=0, only=GRADIENT, test="warn"
     )
