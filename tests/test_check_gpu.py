@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -70,21 +71,16 @@ def test_a_wrong_operation_fails_parity(tmp_path: Path) -> None:
     assert set(verdicts.values()) == {"ok"}  # heads embed with other operations
 
 
-def test_runs_that_differ_fail(tmp_path: Path) -> None:
+def test_runs_that_differ_fail() -> None:
     plain: Any = few_shot_learning_system.cross_entropy
     calls = count()
 
     def wrong(*given: Tensor) -> Tensor:
         return plain(*given) * (1 + next(calls) / 10**6)
 
-    with (
-        mock.patch.object(cases, "METHODS", {"CxGrad": cases.METHODS["CxGrad"]}),
-        mock.patch.object(cases, "HEADS", []),
-        mock.patch.object(few_shot_learning_system, "cross_entropy", wrong),
-        pytest.raises(SystemExit),
-    ):
-        lines_of(tmp_path, "--only", "repeats")
-    assert recorded(tmp_path)["repeats"]["CxGrad"]["verdict"] == "FAILED"
+    options = partial(cases.gradient_options, CPU, **cases.METHODS["CxGrad"])
+    with mock.patch.object(few_shot_learning_system, "cross_entropy", wrong):
+        assert check_gpu.same_bits(CPU, options, False).verdict == "FAILED"
 
 
 def test_an_exception_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
