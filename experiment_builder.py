@@ -178,6 +178,7 @@ class Experiment:
                 f"{problem}; training has stopped, checkpoints hold earlier, finite weights. {veto.cure}; "
                 "--on_nonfinite skip leaves such iterations out"
             )
+        self._check_state()  # if that is lost, no later iteration can do better
         self.sums["skipped"] += 1
         skipped = int(self.sums["skipped"] + sum(row.get("skipped", 0) for row in self.history))
         if skipped > options.max_skipped:
@@ -255,14 +256,18 @@ class Experiment:
         names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
         return [path for path in map(self.file, names) if path.exists()]
 
-    def _save(self, name: str) -> None:
-        """Write the checkpoint `name`; raises UserError, in all processes, where the state is not finite."""
+    def _check_state(self) -> None:
+        """Raise UserError, in all processes, where weights or the optimiser's state are not finite."""
         if lost := self.model.not_finite():
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise UserError(
                 f"{lost[0]}{more} is not finite after {self.model.iterations_done} iterations; training has stopped, "
                 f"checkpoints hold earlier, finite weights. {self.model.cure}"
             )
+
+    def _save(self, name: str) -> None:
+        """Write the checkpoint `name`; raises UserError where the state is not finite."""
+        self._check_state()
         if distributed.is_main():
             state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
             self.model.save_model(self.file(name), state | {"history": self.history, "sums": self.sums})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from classification_heads import ClassificationHead, HeadOptions, head_options
 from inner_loop_optimizers import chosen_rules, official_bias
-from learner import DataBatch, FewShotLearner, Tasks, Veto, cross_entropy, largest_of_tasks
+from learner import DataBatch, FewShotLearner, Tasks, cross_entropy, largest_of_tasks
 from meta_neural_network_architectures import DropBlock, Pass, build_backbone, build_embedding
 from utils import metaoptnet
 from utils.errors import UserError
@@ -171,12 +171,12 @@ class HeadFewShotClassifier(FewShotLearner):
         words = [f"{name}={value}" if name.endswith("_reg") else str(value) for name, value in used]
         return super().protocol() | {"head": " ".join([str(self.options.head), *words])}
 
-    def _veto(self, name: str, value: float, places: Sequence[int]) -> Veto:
+    def _blame(self, name: str, value: float, places: Sequence[int]) -> tuple[str, str]:
         if name == "embeddings":
-            return Veto(f"an embedding is {value}", self.cure, places[0])
+            return f"an embedding is {value}", self.cure
         if name == "solver":
-            return Veto(f"the {self.options.head} was not solved", self._cure_of_solver(), places[0])
-        return super()._veto(name, value, places)
+            return f"the {self.options.head} was not solved", self._cure_of_solver()
+        return super()._blame(name, value, places)
 
     def _cure_of_solver(self) -> str:
         may_go_on = unmet(declaration("svm_on_failure").only, self.options) is None

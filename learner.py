@@ -48,7 +48,7 @@ class Veto(NamedTuple):
 
     problem: str
     cure: str
-    task: int | None  # its place in the meta-batch; None: no single one is to blame
+    task: int | None  # its place in the meta-batch; None: all tasks, or no single one, are to blame
 
 
 class FewShotLearner(nn.Module):
@@ -185,21 +185,23 @@ class FewShotLearner(nn.Module):
         None: it counts. The iteration must be one of the present epoch.
         """
         for name in self.checked:
-            if places := [place for place, value in enumerate(metrics[name]) if not math.isfinite(value)]:
-                return self._veto(name, metrics[name][places[0]], places)
+            values = metrics[name]
+            if places := [place for place, value in enumerate(values) if not math.isfinite(value)]:
+                of_one = name != "gradients" and (len(places) < len(values) or len(values) == 1)
+                return Veto(*self._blame(name, values[places[0]], places), places[0] if of_one else None)
         return None
 
-    def _veto(self, name: str, value: float, places: Sequence[int]) -> Veto:
-        """Blame a metric that is `checked` for its first `value` that is not finite, and the `places` of all these."""
+    def _blame(self, name: str, value: float, places: Sequence[int]) -> tuple[str, str]:
+        """Return problem and cure of a `checked` metric, given its first value that is not finite, and all places."""
         if name == "pixels":
             cure = "Image files hold finite pixels only: look at what normalises them, or at the code that makes them"
-            return Veto(f"a pixel is {value}", cure, places[0])
+            return f"a pixel is {value}", cure
         if name == "losses":
-            return Veto(f"the loss is {value}", self.cure, places[0])
+            return f"the loss is {value}", self.cure
         names = [*self._outer_gradients()]
         first, *others = dict.fromkeys(names[place % len(names)] for place in places)  # each process has them all
         more = f" (and of {len(others)} more parameters)" if others else ""
-        return Veto(f"the gradient of {first}{more} is {value}", self.cure, None)
+        return f"the gradient of {first}{more} is {value}", self.cure
 
     def not_finite(self) -> list[str]:
         """Return the names of weights, statistics and parts of the optimiser's state that are not finite."""

@@ -190,7 +190,7 @@ def test_a_task_that_was_not_solved_is_left_out_unless_it_is_to_be_used(
 @pytest.mark.parametrize("head", ["SVM-CS", "Ridge", "ProtoNet"])
 def test_the_cure_of_an_unsolved_task_names_only_options_that_the_head_has(head: str) -> None:
     model = learner(head=head)
-    veto = model.veto(dict.fromkeys(model.checked, [1.0, 1.0]) | {"solver": [0.0, math.inf]})
+    veto = model.veto({name: [1.0, 1.0] for name in model.checked} | {"solver": [0.0, math.inf]})
     assert veto is not None and veto.task == 1 and head in veto.problem and "--meta_learning_rate" in veto.cure
     assert ("--svm_on_failure" in veto.cure) == (head == "SVM-CS")
 

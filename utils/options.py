@@ -186,8 +186,8 @@ class Options:
     )
     on_nonfinite: str = tuned(
         "stop",
-        "where a pixel, loss or gradient is not finite, or a head is not solved. stop: the run ends; skip: the iteration "
-        "is left out and counted, for which the host waits for a GPU in every iteration, and answers to validation and "
+        "what a pixel, loss or gradient does that is not finite, or a head that is not solved. stop: it ends the run; "
+        "skip: it leaves out the iteration, for which the host waits for a GPU in each, and answers to validation and "
         "test tasks count as guesses",
         choices=("stop", "skip"),
     )
