@@ -280,8 +280,7 @@ class FewShotLearner(nn.Module):
 
 def largest_of_tasks(values: Tensor) -> Tensor:
     """Return the largest absolute value of each task (tasks,), not finite where one of the task's values is not."""
-    largest: Tensor = torch.linalg.vector_norm(values.flatten(1), math.inf, dim=1)
-    return largest
+    return values.flatten(1).abs().amax(1)  # on a CPU a tenth of the time of a norm
 
 
 def parts_of(tasks: Tasks, size: int) -> Iterator[Tasks]:

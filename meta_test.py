@@ -67,9 +67,10 @@ def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
 
     That is a warning, and without ``on_nonfinite`` = skip a UserError: such numbers have no accuracy.
     """
-    lost = ~logits.isfinite().all(dim=(2, 3))  # (tasks, models)
-    if not lost.any():
+    finite = logits.isfinite().all(dim=(2, 3))  # (tasks, models)
+    if finite.all():
         return logits
+    lost = ~finite
     tasks = lost.any(1).nonzero().flatten().tolist()
     which = f" of model {int(lost[tasks[0]].nonzero()[0]) + 1}" if lost.shape[1] > 1 else ""
     problem = (
