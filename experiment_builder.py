@@ -7,8 +7,9 @@ is stopped anywhere and started again ends with the same weights as one that nev
 import dataclasses
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -17,11 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import Episodes, Normalization, evaluation_episodes, open_dataset, training_episodes
-from learner import FewShotLearner
+from learner import FewShotLearner, Veto
 from meta_test import Result, meta_test, query_logits
 from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
@@ -75,7 +75,8 @@ class Experiment:
         self.models = self.folder if options.save_path is not None else self.folder / "saved_models"
         self.history: list[dict[str, float]] = []  # one row per finished epoch
         self.metrics = (*AVERAGED, *model.counts)
-        self.sums = dict.fromkeys((*self.metrics, "seconds"), 0.0)  # over the iterations of the current epoch
+        # over the iterations of the current epoch
+        self.sums = dict.fromkeys((*self.metrics, "skipped", "seconds"), 0.0)
         self.normalization: Normalization = None
         self.observer = Observer(options, self.folder)
 
@@ -114,7 +115,7 @@ class Experiment:
         """
         options, epoch = self.options, len(self.history)
         end = (epoch + 1) * options.total_iter_per_epoch
-        unread: list[Tensor] = []  # (metrics,) each, on the device
+        unread: list[dict[str, Any]] = []  # metrics of each iteration, on the device
         clock = saved = time.monotonic()
         next_reading = self.model.iterations_done + 1
         with stop_requests() as stop, progress_bar(end, self.model.iterations_done, f"epoch {epoch + 1}") as bar:
@@ -124,7 +125,7 @@ class Experiment:
                 seed = np.random.SeedSequence([options.seed, done, distributed.rank()])
                 torch.manual_seed(int(seed.generate_state(1)[0]))
                 metrics, _ = self.model.run_train_iter(batch, epoch)
-                unread.append(torch.stack([metrics[name].to(metrics["loss"].dtype) for name in self.metrics]))
+                unread.append(metrics)
                 bar.update()
                 stops_alone = stop and distributed.world_size() == 1
                 if done + 1 < min(next_reading, end) and not stops_alone:
@@ -150,38 +151,62 @@ class Experiment:
                 log.info("stopped and saved at iteration %d; the same command %sgoes on from here", done, without)
                 raise Stopped(code)
 
-    def _read_metrics(self, unread: list[Tensor], bar: "tqdm[Any]") -> None:
-        """Add up the metrics of some iterations; raises UserError at the first that the learner vetoes."""
-        options = self.options
-        rows = distributed.gather_tasks(torch.stack(unread).unsqueeze(0)).mean(0).double().cpu().tolist()
-        first = self.model.iterations_done - len(unread)
-        for iteration, row in enumerate(rows, first):
-            metrics = dict(zip(self.metrics, row, strict=True))
+    def _read_metrics(self, unread: Sequence[Mapping[str, Any]], bar: "tqdm[Any]") -> None:
+        """Add up the metrics of some iterations, but for those that the learner vetoes; see `_skip`."""
+        read = {}  # (processes, iterations, values)
+        for name in (*self.metrics, *self.model.checked):
+            values = torch.stack([metrics[name] for metrics in unread]).view(1, len(unread), -1)
+            read[name] = distributed.gather_tasks(values).double().cpu()
+        for place, iteration in enumerate(range(self.model.iterations_done - len(unread), self.model.iterations_done)):
+            metrics = {name: values[:, place].flatten().tolist() for name, values in read.items()}
             if veto := self.model.veto(metrics):
-                size = options.batch_size
-                tasks = f"tasks {iteration * size} and the following {size - 1}, --train_seed {options.train_seed}"
-                raise UserError(
-                    f"{veto.problem} at iteration {iteration} (training {tasks}); training has stopped, checkpoints "
-                    f"hold earlier, finite weights. {veto.cure}"
-                )
-            for name, value in metrics.items():
-                self.sums[name] += value * (distributed.world_size() if name in self.model.counts else 1)
-        done = self.model.iterations_done % options.total_iter_per_epoch or options.total_iter_per_epoch
-        bar.set_postfix(loss=f"{self.sums['loss'] / done:.3f}", accuracy=f"{self.sums['accuracy'] / done:.1%}")
+                self._skip(iteration, veto)
+                continue
+            for name in self.metrics:
+                self.sums[name] += sum(metrics[name]) / (1 if name in self.model.counts else len(metrics[name]))
+        loss, accuracy = self._means()
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}")
+
+    def _skip(self, iteration: int, veto: Veto) -> None:
+        """Count an iteration that was left out; raises UserError where it was not, or where they are too many."""
+        options = self.options
+        first, last = iteration * options.batch_size, (iteration + 1) * options.batch_size - 1
+        tasks = f"tasks {first} to {last}" if veto.task is None else f"task {first + veto.task}"
+        problem = f"{veto.problem} at iteration {iteration} (training {tasks}, --train_seed {options.train_seed})"
+        if options.on_nonfinite == "stop":
+            raise UserError(
+                f"{problem}; training has stopped, checkpoints hold earlier, finite weights. {veto.cure}; "
+                "--on_nonfinite skip leaves such iterations out"
+            )
+        self._check_state()  # if that is lost, no later iteration can do better
+        self.sums["skipped"] += 1
+        skipped = int(self.sums["skipped"] + sum(row.get("skipped", 0) for row in self.history))
+        if skipped > options.max_skipped:
+            raise UserError(
+                f"{problem}; training has stopped, as {skipped} iterations would be left out, more than --max_skipped "
+                f"{options.max_skipped}. {veto.cure}"
+            )
+        log.warning("%s; left out, %d of at most %d iterations", problem, skipped, options.max_skipped)
+
+    def _means(self) -> tuple[float, float]:
+        """Return loss and accuracy over the iterations of the current epoch that counted; nan if there is none."""
+        per_epoch = self.options.total_iter_per_epoch
+        counted = (self.model.iterations_done % per_epoch or per_epoch) - self.sums["skipped"]
+        return (self.sums["loss"] / counted, self.sums["accuracy"] / counted) if counted else (math.nan, math.nan)
 
     def _finish_epoch(self, validation: Score) -> None:
         """Record the epoch, save it, and forget the epoch checkpoints that are no longer among the best."""
-        iterations = self.options.total_iter_per_epoch
+        train_loss, train_accuracy = self._means()
         row = {
             "epoch": len(self.history) + 1,
             "iterations": self.model.iterations_done,
-            "train_loss": self.sums["loss"] / iterations,
-            "train_accuracy": self.sums["accuracy"] / iterations,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
             "val_loss": validation.loss,
             "val_accuracy": validation.accuracy,
             "val_ci95_per_episode": validation.ci95_per_episode,
             "learning_rate": self.model.learning_rate,
-            **{name: int(self.sums[name]) for name in self.model.counts},
+            **{name: int(self.sums[name]) for name in (*self.model.counts, "skipped")},
             "seconds": round(self.sums["seconds"], 3),
         }
         self.history.append(row)
@@ -201,7 +226,7 @@ class Experiment:
             f"epoch {row['epoch']}/{self.options.total_epochs}  train loss {row['train_loss']:.3f} accuracy "
             f"{row['train_accuracy']:.1%}  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%} "
             f"± {row['val_ci95_per_episode']:.1%}  best {best['val_accuracy']:.1%} (epoch {best['epoch']})  "
-            f"{row['seconds'] / iterations:.3f} s/iteration  "
+            f"{row['seconds'] / self.options.total_iter_per_epoch:.3f} s/iteration  "
             f"peak memory {peak_memory_gib(self.model.device):.1f} GiB"
         )
 
@@ -231,7 +256,18 @@ class Experiment:
         names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
         return [path for path in map(self.file, names) if path.exists()]
 
+    def _check_state(self) -> None:
+        """Raise UserError, in all processes, where weights or the optimiser's state are not finite."""
+        if lost := self.model.not_finite():
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise UserError(
+                f"{lost[0]}{more} is not finite after {self.model.iterations_done} iterations; training has stopped, "
+                f"checkpoints hold earlier, finite weights. {self.model.cure}"
+            )
+
     def _save(self, name: str) -> None:
+        """Write the checkpoint `name`; raises UserError where the state is not finite."""
+        self._check_state()
         if distributed.is_main():
             state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
             self.model.save_model(self.file(name), state | {"history": self.history, "sums": self.sums})

@@ -1,7 +1,7 @@
 """The gradient-based learner: what one meta-batch of tasks costs, and the outer update.
 
-`inner_loop` adapts the weights to a batch of tasks by the rules of `inner_loop_optimizers`; `run_train_iter` sends the
-query loss of the adapted weights back to the meta-parameters and makes one Adam step. All tensors carry a leading task
+`inner_loop` adapts the weights to a batch of tasks by the rules of `inner_loop_optimizers`; `_meta_gradients` sends the
+query loss of the adapted weights back to the meta-parameters, which Adam then moves. All tensors carry a leading task
 dimension.
 """
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from captured_gradients import WARM_UP, CapturedGradients, CudaGraphs, Refused
 from head_learning_system import HeadFewShotClassifier
 from inner_loop_optimizers import InnerLoop, Rule, State, Weights, chosen_rules, official_bias
-from learner import DataBatch, FewShotLearner, Form, Tasks, Veto, cross_entropy, parts_of
+from learner import DataBatch, FewShotLearner, Form, Tasks, cross_entropy, parts_of
 from meta_neural_network_architectures import (
     BatchStatistics,
     Pass,
@@ -68,6 +68,8 @@ class MAMLFewShotClassifier(FewShotLearner):
         device: where everything runs.
         args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults.
     """
+
+    cure = "Lower --init_inner_loop_learning_rate or --meta_learning_rate"
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__(im_shape, device, args)
@@ -217,28 +219,9 @@ class MAMLFewShotClassifier(FewShotLearner):
 
     # --- outer loop --------------------------------------------------------------------------------------------
 
-    def run_train_iter(
-        self, data_batch: DataBatch, epoch: float, current_iter: int | None = None
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """One outer update on a meta-batch; returns (losses, per-task query logits), left on the device.
-
-        Args:
-            data_batch: x_support, x_target, y_support, y_target; arrays or tensors.
-            epoch: decides on derivative order, multi-step loss and learning rate; its whole part counts.
-            current_iter: iterations done before this one; default: counted by this object.
-        """
-        if current_iter is not None:
-            self.iterations_done = current_iter
-        self._set_learning_rate(int(epoch))
-        tasks = self._to_device(data_batch)
+    def _set_gradients(self, tasks: Tasks, epoch: int) -> tuple[dict[str, Any], list[Tensor]]:
         form = self._form(len(tasks.x_support))
-        inputs = (self._plan(int(epoch), form), self._importances(int(epoch)), *tasks)
-        losses, logits = self._gradients_in(form, *inputs)
-        distributed.average_gradients(self.parameters())
-        distributed.average(list(self.buffers()))
-        self._clamp_gradients()
-        self.optimizer.step()
-        self.iterations_done += 1
+        losses, logits = self._gradients_in(form, self._plan(epoch, form), self._importances(epoch), *tasks)
         return self._report(losses, logits, tasks.y_query)
 
     def query_losses(self, tasks: Tasks, epoch: int) -> tuple[Tensor, Tensor]:
@@ -344,10 +327,6 @@ class MAMLFewShotClassifier(FewShotLearner):
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {"steps": self.options.number_of_evaluation_steps_per_iter}
-
-    def veto(self, metrics: Mapping[str, float]) -> Veto | None:
-        veto = super().veto(metrics)
-        return veto and veto._replace(cure="Lower --init_inner_loop_learning_rate or --meta_learning_rate")
 
     def _clamp_gradients(self) -> None:
         """MAML++ limits each entry of the network's gradient on ImageNet data."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from classification_heads import ClassificationHead, HeadOptions, head_options
 from inner_loop_optimizers import chosen_rules, official_bias
-from learner import DataBatch, FewShotLearner, Tasks, Veto, cross_entropy
+from learner import DataBatch, FewShotLearner, Tasks, cross_entropy, largest_of_tasks
 from meta_neural_network_architectures import DropBlock, Pass, build_backbone, build_embedding
-from utils import distributed, metaoptnet
+from utils import metaoptnet
 from utils.errors import UserError
 from utils.official_checkpoints import without_prefix
 from utils.options import Options, declaration, unmet
@@ -33,6 +33,15 @@ class Support(NamedTuple):
 
     features: Tensor  # (tasks, n, d)
     labels: Tensor  # (tasks, n)
+
+
+class Losses(NamedTuple):
+    """These are the losses of some training tasks, and what they were made of."""
+
+    losses: Tensor  # (tasks,)
+    logits: Tensor  # (tasks, n, way)
+    unsolved: Tensor  # (tasks,), whether the base learner was not solved
+    embeddings: Tensor  # (tasks,), the largest absolute entry of a task's features
 
 
 class FrozenBody(nn.Module):
@@ -59,6 +68,7 @@ class HeadFewShotClassifier(FewShotLearner):
 
     options: HeadOptions
     counts = ("unsolved",)
+    checked = ("pixels", "embeddings", "solver", "losses", "gradients")
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__(im_shape, device, args)
@@ -129,54 +139,46 @@ class HeadFewShotClassifier(FewShotLearner):
         report, predictions = self._report(cross_entropy(logits, tasks.y_query), logits, tasks.y_query)
         return report | {"unsolved": unsolved.sum()}, predictions
 
-    def run_train_iter(
-        self, data_batch: DataBatch, epoch: float, current_iter: int | None = None
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """One step of SGD on a meta-batch; returns (losses, per-task query logits), left on the device.
-
-        `losses` counts the tasks whose SVM was `unsolved`. Epoch (its whole part) decides on the learning rate.
-        """
-        if current_iter is not None:
-            self.iterations_done = current_iter
+    def _set_gradients(self, tasks: Tasks, epoch: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """As in `FewShotLearner`; the metrics count the tasks whose head was `unsolved`."""
         self.train()
-        self._set_learning_rate(int(epoch))
         self.optimizer.zero_grad()
-        tasks = self._to_device(data_batch)
-        losses, logits, unsolved = self.query_losses(tasks)
+        losses, logits, unsolved, embeddings = self.query_losses(tasks)
         left_out = unsolved if self.options.svm_on_failure != "use" else torch.zeros_like(unsolved)
         loss = losses.sum() / (~left_out).sum().clamp_min(1)
         loss.backward()
-        distributed.average_gradients(self.parameters())
-        distributed.average([buffer for buffer in self.buffers() if buffer.is_floating_point()])
-        self.optimizer.step()
-        self.iterations_done += 1
+        failed = unsolved if self.options.svm_on_failure == "error" else torch.zeros_like(unsolved)
         report, predictions = self._report(losses.detach(), logits.detach(), tasks.y_query)
+        report |= {"embeddings": embeddings, "solver": torch.zeros_like(embeddings).masked_fill(failed, math.inf)}
         return report | {"loss": loss.detach(), "unsolved": unsolved.sum()}, predictions
 
-    def query_losses(self, tasks: Tasks) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each task's training loss (tasks,), its logits (tasks, n, way) and whether it was not solved (tasks,).
+    def query_losses(self, tasks: Tasks) -> Losses:
+        """Return the training losses of tasks, in the graph.
 
         Support and query images pass the embedding separately, so batch norm sees them as two batches (as official).
         """
         options = self.options
-        support = Support(self.features(tasks.x_support), tasks.y_support)
-        logits, unsolved = solve(self.head, options, support, self.features(tasks.x_query), options.num_classes_per_set)
+        support, query = Support(self.features(tasks.x_support), tasks.y_support), self.features(tasks.x_query)
+        logits, unsolved = solve(self.head, options, support, query, options.num_classes_per_set)
         losses = cross_entropy(logits, tasks.y_query, options.label_smoothing)
         if options.svm_on_failure != "use":
             losses = torch.where(unsolved & losses.isfinite(), torch.zeros_like(losses), losses)
-        return losses, logits, unsolved
+        embeddings = torch.maximum(largest_of_tasks(support.features.detach()), largest_of_tasks(query.detach()))
+        return Losses(losses, logits, unsolved, embeddings)
 
     def protocol(self) -> dict[str, Any]:
         used = sorted(head_options(self.options).items(), key=lambda option: option[0].endswith("_reg"))
         words = [f"{name}={value}" if name.endswith("_reg") else str(value) for name, value in used]
         return super().protocol() | {"head": " ".join([str(self.options.head), *words])}
 
-    def veto(self, metrics: Mapping[str, float]) -> Veto | None:
-        if metrics["unsolved"] and self.options.svm_on_failure == "error":
-            return Veto(f"a task's {self.options.head} was not solved", self._cure())
-        return super().veto(metrics)
+    def _blame(self, name: str, value: float, places: Sequence[int]) -> tuple[str, str]:
+        if name == "embeddings":
+            return f"an embedding is {value}", self.cure
+        if name == "solver":
+            return f"the {self.options.head} was not solved", self._cure_of_solver()
+        return super()._blame(name, value, places)
 
-    def _cure(self) -> str:
+    def _cure_of_solver(self) -> str:
         may_go_on = unmet(declaration("svm_on_failure").only, self.options) is None
         other = "; or --svm_on_failure skip or use" if may_go_on else ""
         return f"Lower --meta_learning_rate if embeddings grow without bound{other}"
@@ -186,8 +188,8 @@ class HeadFewShotClassifier(FewShotLearner):
         if not (count := int(counts["unsolved"])):
             return
         problem = f"the {self.options.head} of {count} tasks was not solved"
-        if self.options.svm_on_failure == "error":
-            raise UserError(f"{problem}. {self._cure()}")
+        if self.options.svm_on_failure == "error" and self.options.on_nonfinite == "stop":
+            raise UserError(f"{problem}. {self._cure_of_solver()}")
         log.warning("%s; they are scored as they are", problem)
 
     def _set_learning_rate(self, epoch: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import checkpoints
+from utils import checkpoints, distributed
 from utils.devices import prepare_device
 from utils.errors import UserError
 from utils.official_checkpoints import load_official, to_official
@@ -44,10 +44,11 @@ class Form(NamedTuple):
 
 
 class Veto(NamedTuple):
-    """Why training must not go on."""
+    """Why an iteration must not count."""
 
     problem: str
     cure: str
+    task: int | None  # its place in the meta-batch; None: all tasks, or no single one, are to blame
 
 
 class FewShotLearner(nn.Module):
@@ -56,6 +57,10 @@ class FewShotLearner(nn.Module):
     optimizer: torch.optim.Optimizer
     form: Form | None = None  # in which training goes on if it has been measured, in this process or before a resume
     counts: ClassVar[Sequence[str]] = ()  # metrics beside loss and accuracy that an epoch adds up: numbers of tasks
+    # Metrics that have to be finite in training, each (tasks,) but the last, (parameters,). What is not finite spoils
+    # all that comes after it, so the first one is to blame.
+    checked: ClassVar[Sequence[str]] = ("pixels", "losses", "gradients")
+    cure = "Lower --meta_learning_rate"  # of numbers that grow without bound
     # A checkpoint's file name, by what the experiment calls it; other names (epoch_N) get `suffix` only.
     file_names: Mapping[str, str] = {}
     suffix = ""
@@ -75,11 +80,60 @@ class FewShotLearner(nn.Module):
         """
         return False
 
-    @abstractmethod
     def run_train_iter(
         self, data_batch: DataBatch, epoch: float, current_iter: int | None = None
     ) -> tuple[dict[str, Any], list[Tensor]]:
-        """One outer update on a meta-batch; returns (losses, per-task query logits), left on the device."""
+        """One outer update on a meta-batch; returns (losses, per-task query logits), left on the device.
+
+        `losses` has all that is `checked` too. With ``on_nonfinite`` = skip the host waits for the device, and what is
+        not finite in any process leaves weights, statistics and the optimiser of all as they were.
+
+        Args:
+            data_batch: x_support, x_target, y_support, y_target; arrays or tensors.
+            epoch: decides on the learning rate and, with gradient steps, on derivative order and multi-step loss; its
+                whole part counts.
+            current_iter: iterations done before this one; default: counted by this object.
+        """
+        if current_iter is not None:
+            self.iterations_done = current_iter
+        self._set_learning_rate(int(epoch))
+        tasks = self._to_device(data_batch)
+        may_skip = self.options.on_nonfinite == "skip"
+        before = [buffer.clone() for buffer in self.buffers()] if may_skip else []
+        report, logits = self._set_gradients(tasks, int(epoch))
+        distributed.average_gradients(self.parameters())
+        distributed.average([buffer for buffer in self.buffers() if buffer.is_floating_point()])
+        self._clamp_gradients()
+        report["pixels"] = torch.maximum(largest_of_tasks(tasks.x_support), largest_of_tasks(tasks.x_query))
+        # Not the largest entries: Adam adds up squares, which may overflow where a gradient does not.
+        report["gradients"] = torch.stack(torch._foreach_norm([*self._outer_gradients().values()]))
+        if may_skip and not self._finite(report):
+            for buffer, value in zip(self.buffers(), before, strict=True):
+                buffer.copy_(value)
+        else:
+            self.optimizer.step()
+        self.iterations_done += 1
+        return report, logits
+
+    @abstractmethod
+    def _set_gradients(self, tasks: Tasks, epoch: int) -> tuple[dict[str, Any], list[Tensor]]:
+        """Set the gradients of a meta-batch's loss; return metrics and query logits as `_report` does."""
+
+    @abstractmethod
+    def _set_learning_rate(self, epoch: int) -> None:
+        """Set the outer learning rate of the next update."""
+
+    def _clamp_gradients(self) -> None:
+        """Limit the gradients of the outer update, where a learner does that."""
+
+    def _outer_gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of every parameter that has one; throughout an epoch these are the same parameters."""
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+    def _finite(self, report: Mapping[str, Any]) -> bool:
+        """Return whether all that is `checked` is finite in all processes; the host waits for the device."""
+        finite = torch.cat([report[name] for name in self.checked]).isfinite().all()
+        return not distributed.largest(int(not finite))
 
     @abstractmethod
     def adapt(self, x_support: Tensor, y_support: Tensor) -> Any:
@@ -123,13 +177,38 @@ class FewShotLearner(nn.Module):
     def _report(self, losses: Tensor, logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
         correct = (logits.argmax(2) == labels).to(losses.dtype)
         report = {"loss": losses.mean(), "accuracy": correct.mean(), "learning_rate": self.learning_rate}
-        return report, list(logits)
+        return report | {"losses": losses}, list(logits)
 
-    def veto(self, metrics: Mapping[str, float]) -> Veto | None:
-        """Say why training must stop after an iteration with these metrics; None: it goes on."""
-        if math.isfinite(metrics["loss"]):
-            return None
-        return Veto(f"the loss is {metrics['loss']}", "Lower --meta_learning_rate")
+    def veto(self, metrics: Mapping[str, Sequence[float]]) -> Veto | None:
+        """Say why an iteration with these values of what is `checked`, of all processes in turn, must not count.
+
+        None: it counts. The iteration must be one of the present epoch.
+        """
+        for name in self.checked:
+            values = metrics[name]
+            if places := [place for place, value in enumerate(values) if not math.isfinite(value)]:
+                of_one = name != "gradients" and (len(places) < len(values) or len(values) == 1)
+                return Veto(*self._blame(name, values[places[0]], places), places[0] if of_one else None)
+        return None
+
+    def _blame(self, name: str, value: float, places: Sequence[int]) -> tuple[str, str]:
+        """Return problem and cure of a `checked` metric, given its first value that is not finite, and all places."""
+        if name == "pixels":
+            cure = "Image files hold finite pixels only: look at what normalises them, or at the code that makes them"
+            return f"a pixel is {value}", cure
+        if name == "losses":
+            return f"the loss is {value}", self.cure
+        names = [*self._outer_gradients()]
+        first, *others = dict.fromkeys(names[place % len(names)] for place in places)  # each process has them all
+        more = f" (and of {len(others)} more parameters)" if others else ""
+        return f"the gradient of {first}{more} is {value}", self.cure
+
+    def not_finite(self) -> list[str]:
+        """Return the names of weights, statistics and parts of the optimiser's state that are not finite."""
+        held = self.state_dict()
+        for name, parameter in self.named_parameters():
+            held |= {f"{part} of {name}": value for part, value in self.optimizer.state.get(parameter, {}).items()}
+        return [name for name, value in held.items() if isinstance(value, Tensor) and not value.isfinite().all()]
 
     def check_scores(self, counts: Mapping[str, float]) -> None:
         """Raise UserError where scored tasks must not count, from the sums of their `counts`."""
@@ -197,6 +276,11 @@ class FewShotLearner(nn.Module):
         self.iterations_done = state.get("iterations_done", 0)
         measured_here = state.get("device", self.device.type) == self.device.type
         self.form = Form(**state["form"]) if state.get("form") and measured_here else None
+
+
+def largest_of_tasks(values: Tensor) -> Tensor:
+    """Return the largest absolute value of each task (tasks,), not finite where one of the task's values is not."""
+    return values.flatten(1).abs().amax(1)  # on a CPU a tenth of the time of a norm
 
 
 def parts_of(tasks: Tasks, size: int) -> Iterator[Tasks]:

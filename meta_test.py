@@ -35,7 +35,7 @@ def query_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return what models answer to the first evaluation tasks, each of which is made once, on the CPU.
 
-    These are logits (models, tasks, way*query, way) and labels (tasks, way*query).
+    These are logits (models, tasks, way*query, way), see `checked_logits`, and labels (tasks, way*query).
     """
     total = options.num_evaluation_tasks
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
@@ -55,10 +55,35 @@ def query_logits(
             logits.append(torch.stack(answers, 1))  # (tasks, models, way*query, way)
             labels.append(batch.y_target.flatten(1))
             bar.update(len(batch.y_target))
+    scores, answered = (distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels))
+    scores = checked_logits(scores, options, title)
     for model, sums in zip(models, counts, strict=True):
         model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in sums.items()})
-    scores, answered = (distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels))
     return scores.transpose(0, 1), answered
+
+
+def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
+    """Return logits (tasks, models, way*query, way) with zeros, which are guesses, where a model's are not finite.
+
+    That is a warning, and without ``on_nonfinite`` = skip a UserError: such numbers have no accuracy.
+    """
+    finite = logits.isfinite().all(dim=(2, 3))  # (tasks, models)
+    if finite.all():
+        return logits
+    lost = ~finite
+    tasks = lost.any(1).nonzero().flatten().tolist()
+    which = f" of model {int(lost[tasks[0]].nonzero()[0]) + 1}" if lost.shape[1] > 1 else ""
+    problem = (
+        f"{title}: answers to {len(tasks)} of {len(lost)} tasks are not finite numbers, the first{which} to task "
+        f"{tasks[0]} (--val_seed {options.val_seed})"
+    )
+    if options.on_nonfinite == "stop":
+        raise UserError(
+            f"{problem}, so there is no accuracy. The training may have diverged: take an earlier checkpoint, or lower "
+            "--meta_learning_rate; --on_nonfinite skip lets such answers count as guesses"
+        )
+    log.warning("%s; they count as guesses", problem)
+    return logits.masked_fill(lost[:, :, None, None], 0)
 
 
 def meta_test(

@@ -124,8 +124,6 @@ class Predictor:
         if not len(images):
             return np.empty((0, len(self.classes_)))
         logits = self._logits(self._adapted, self._support, self.pixels(images))
-        if not logits.isfinite().all():
-            raise UserError(f"{self._path} answers with numbers that are not finite; its training may have diverged")
         return logits.double().softmax(1).cpu().numpy()
 
     def predict(self, images: Pictures) -> np.ndarray:
@@ -140,6 +138,8 @@ class Predictor:
         Were it one of a single class, that class would be rarer than the others just when it is the answer, and the
         estimate too low. Images that are alone in their class stay, as nothing would be left of it; None if all are.
         An image is normalised together with the others, as with `one_by_one`.
+
+        Raises UserError where the answers are not finite.
         """
         classes = [np.flatnonzero(self._numbers == number) for number in range(len(self.classes_))]
         classes = [images for images in classes if len(images) > 1]
@@ -229,7 +229,10 @@ class Predictor:
         return self._answer(adapted, np.concatenate(company))[: len(query)]
 
     def _answer(self, adapted: Any, pixels: np.ndarray) -> Tensor:
-        return self._model.predict(adapted, self._scale(pixels)).squeeze(0)
+        logits = self._model.predict(adapted, self._scale(pixels)).squeeze(0)
+        if not logits.isfinite().all():
+            raise UserError(f"{self._path} answers with numbers that are not finite; its training may have diverged")
+        return logits
 
 
 def of_first_classes(state: dict[str, Any], model: FewShotLearner) -> dict[str, Any]:

@@ -52,12 +52,13 @@ FLAGS = {
     **{"dataset": "test_datasets", "test_datasets": "test_datasets", "episode": "num_evaluation_tasks"},
     **{"way": "test_way", "shot": "val_shot", "query": "val_query", "seed": "val_seed"},
     **{"steps": "number_of_evaluation_steps_per_iter", "network": "backbone", "config": "name_of_args_json_file"},
-    **{name: name for name in ("dataset_dir", "head", "svm_max_iter", "batch_norm", "gpu", "dry_run")},
+    **{name: name for name in ("dataset_dir", "head", "svm_max_iter", "batch_norm", "on_nonfinite", "gpu", "dry_run")},
 }
 # A test's own defaults; other options are as in training.
 DEFAULTS = {
     **{"dataset_dir": "datasets", "test_datasets": None, "test_shots": None, "gpu": None, "dry_run": False},
     **{"num_evaluation_tasks": 1000, "val_query": 15, "val_seed": 0, "evaluate_on_test_set_only": True},
+    "on_nonfinite": "stop",
 }
 
 

@@ -1,5 +1,6 @@
 """The head learner: its updates, its checkpoints, and what happens where a head is not solved."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,7 +167,7 @@ def test_a_task_that_was_not_solved_is_left_out_unless_it_is_to_be_used(
 ) -> None:
     expected = learner(head="SVM-CS")
     tasks_seen = expected._to_device(batch(), 3)
-    losses, _, _ = expected.query_losses(tasks_seen)
+    losses = expected.query_losses(tasks_seen).losses
     losses[tasks].mean().backward()
     monkeypatch.setattr(
         head_learning_system.ClassificationHead, "solve_and_score", lambda *a, **k: unsolved_second_task(*a, **k)
@@ -189,8 +190,8 @@ def test_a_task_that_was_not_solved_is_left_out_unless_it_is_to_be_used(
 @pytest.mark.parametrize("head", ["SVM-CS", "Ridge", "ProtoNet"])
 def test_the_cure_of_an_unsolved_task_names_only_options_that_the_head_has(head: str) -> None:
     model = learner(head=head)
-    veto = model.veto({"loss": 1.0, "unsolved": 1.0})
-    assert veto is not None and head in veto.problem and "--meta_learning_rate" in veto.cure
+    veto = model.veto({name: [1.0, 1.0] for name in model.checked} | {"solver": [0.0, math.inf]})
+    assert veto is not None and veto.task == 1 and head in veto.problem and "--meta_learning_rate" in veto.cure
     assert ("--svm_on_failure" in veto.cure) == (head == "SVM-CS")
 
 

@@ -224,7 +224,7 @@ def test_two_processes_average_their_gradients_and_running_statistics(data: Path
     batch = Episodes(split, *options.training_task, 0, split.mean, split.std, torch.device("cpu")).batch(0, 2)
     halves = [HeadFewShotClassifier(shape, "cpu", options) for _ in range(2)]
     for rank, model in enumerate(halves):
-        losses, _, _ = model.query_losses(model._to_device([part[rank : rank + 1] for part in batch]))
+        losses = model.query_losses(model._to_device([part[rank : rank + 1] for part in batch])).losses
         losses.mean().backward()
     ours, other = halves
     for one, two in zip(ours.parameters(), other.parameters(), strict=True):
@@ -284,7 +284,7 @@ def test_an_svm_that_is_not_solved_stops_training_with_the_iteration(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_learning_system, "UNSOLVED", -1.0)  # no solution is that good
-    with pytest.raises(UserError, match=r"a task's SVM-CS was not solved at iteration 0 \(training tasks 0 and"):
+    with pytest.raises(UserError, match=r"the SVM-CS was not solved at iteration 0 \(training tasks 0 to"):
         main(line(data, tmp_path, "--num-epoch", "1"))
     main(line(data, tmp_path / "skip", "--num-epoch", "1", "--svm_on_failure", "skip"))
     assert checkpoints.load(tmp_path / "skip" / "last_epoch.pth")["history"][0]["unsolved"] == 4
@@ -295,7 +295,7 @@ def test_embeddings_that_grow_without_bound_are_named_not_thrown(solver: str, da
     if solver == "qpth":
         pytest.importorskip("qpth", reason="no qpth here; it needs numpy < 2")
     words = line(data, tmp_path, "--num-epoch", "9", "--meta_learning_rate", "1e8", "--svm_solver", solver)
-    with pytest.raises(UserError, match=r"was not solved|the loss is"):
+    with pytest.raises(UserError, match=r"was not solved|an embedding is|are not finite"):
         main(words)
 
 

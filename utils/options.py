@@ -188,6 +188,16 @@ class Options:
     clamp_outer_gradients: float = tuned(
         0.0, "limit of each entry of the network's outer gradient (MAML++: 10); 0: none", at_least=0, only=GRADIENT
     )
+    on_nonfinite: str = tuned(
+        "stop",
+        "what a pixel, loss or gradient does that is not finite, or a head that is not solved. stop: it ends the run; "
+        "skip: it leaves out the iteration, for which the host waits for a GPU in each, and answers to validation and "
+        "test tasks count as guesses",
+        choices=("stop", "skip"),
+    )
+    max_skipped: int = free(
+        10, "iterations that a run may leave out before it ends", at_least=0, only={"on_nonfinite": "skip"}
+    )
     lr_schedule: str | None = tuned(
         None,
         "cosine stepped per_epoch (MAML++) or per_iteration with total_epochs iterations as half period, as the "

@@ -32,6 +32,7 @@ class Epoch(NamedTuple):
     learning_rate: float
     seconds: float  # of training, without the validation
     unsolved: float | None = None  # tasks whose head was not solved; of heads only
+    skipped: float | None = None  # iterations that were left out, as not all was finite; None in earlier runs
 
 
 class Setup(NamedTuple):
