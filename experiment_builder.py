@@ -227,7 +227,7 @@ class Experiment:
     def _files(self) -> list[Path]:
         """All checkpoints that are there: the latest one, those of epochs from the last to the first, the best one."""
         stems = (path.name.removesuffix(self.model.suffix) for path in self.models.glob("epoch_*"))
-        epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdigit()}
+        epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdecimal()}
         names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
         return [path for path in map(self.file, names) if path.exists()]
 

@@ -106,8 +106,8 @@ def nothing_but(folder: Path, *names: str) -> None:
 RUN, EXPORTED, OPTIONS_FILE = "run", "exported", "options.json"
 BEST = f"{RUN}/saved_models/best"
 COMMON = shlex.split(
-    "--dataset_dir datasets --dataset_name toy --num_classes_per_set 3 --num_samples_per_class 1 --num_target_samples 2 "
-    "--batch_size 2 --num_evaluation_tasks 2 --gpu cpu --num_dataprovider_workers 1 --normalization unit"
+    "--dataset_dir datasets --dataset_name toy --num_classes_per_set 3 --num_samples_per_class 1 --batch_size 2 "
+    "--num_target_samples 2 --num_evaluation_tasks 2 --gpu cpu --num_dataprovider_workers 1 --normalization unit"
 )
 GRADIENT = [*COMMON, *shlex.split("--image_height 8 --image_width 8 --num_stages 1 --cnn_num_filters 2")]
 HEAD = [*COMMON, *shlex.split("--head Ridge --image_height 16 --image_width 16 --val_shot 1 --val_query 2")]

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,17 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
             f"cannot write {path}: {error}. Free some disk space or choose another folder (--experiments_dir, "
             "--dataset_dir); what was saved before is intact"
         ) from error
+
+
+def parsed_json(text: bytes, **options: Any) -> Any:
+    """Return what JSON text says; `options` as of `json.loads`.
+
+    Raises ValueError where it is no JSON, not Unicode or nested too deeply.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_text(path: Path, text: str) -> None:
