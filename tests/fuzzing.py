@@ -47,6 +47,7 @@ from tests import made_archives, made_models, made_runs
 from utils import checkpoints, compare, entry, export, results
 from utils.errors import UserError
 from utils.image_cache import open_split
+from utils.names import can_name_a_file
 from utils.options import ALIASES, all_defaults, declaration, parse_args
 from utils.synthetic import write_dataset
 
@@ -85,7 +86,7 @@ def check_start(model: FewShotLearner, first_batch: Callable[[], Any]) -> bool:
     options = model.options
     for name, value in dataclasses.asdict(options).items():
         assert not isinstance(value, float) or (math.isfinite(value) and value >= 0), name
-        assert not isinstance(value, str) or (value.strip() and value.isprintable()), name
+        assert not isinstance(value, str) or can_name_a_file(value), name
     assert min(*options.training_task[1:], options.evaluation_task[1]) >= 1
     assert min(options.num_classes_per_set, options.evaluation_task[0]) >= 2
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -103,7 +104,7 @@ def nothing_but(folder: Path, *names: str) -> None:
 
 # --- the place where programs run ----------------------------------------------------------------------------------
 
-RUN, EXPORTED, OPTIONS_FILE = "run", "exported", "options.json"
+RUN, OTHER, EXPORTED, OPTIONS_FILE = "run", "other_run", "exported", "options.json"
 BEST = f"{RUN}/saved_models/best"
 COMMON = shlex.split(
     "--dataset_dir datasets --dataset_name toy --num_classes_per_set 3 --num_samples_per_class 1 --batch_size 2 "
@@ -117,9 +118,9 @@ def furnish() -> None:
     """Write a data set, a run with a checkpoint, an exported model and a file of options to the present folder."""
     write_dataset(Path("datasets") / "toy", classes=4, images=6)
     options = parse_args([*GRADIENT, "--contextual_grad", "--num_context_params", "2"])
-    run = made_runs.write_run(Path(RUN))
-    made_runs.write_options(run, **dataclasses.asdict(options))
-    made_runs.write_results(run, made_runs.result("toy", 0.5))
+    for run in (made_runs.write_run(Path(OTHER)), made_runs.write_run(Path(RUN))):
+        made_runs.write_options(run, **dataclasses.asdict(options))
+        made_runs.write_results(run, made_runs.result("toy", 0.5))
     row = dict(zip(made_runs.CSV_HEADER.split(","), (float(x) for x in made_runs.ROWS[0].split(",")), strict=True))
     state = {"options": dataclasses.asdict(options), "normalization": None, "history": [row], "sums": {}}
     build_learner("cpu", options).save_model(run / "saved_models" / "best", state)
@@ -258,7 +259,11 @@ def command_lines() -> st.SearchStrategy[Line]:
             2,
         ),
         "utils.results": (st.just([]), {"docs": st.just("")}, 1),
-        "utils.compare": (st.just([RUN]), {"to": st.sampled_from(["page.html", "page.txt", "run/logs"])}, 1),
+        "utils.compare": (
+            st.sampled_from([[RUN, OTHER], [RUN], [RUN], []]),
+            {"to": st.sampled_from(["page.html", "page.txt", "run/logs"])},
+            1,
+        ),
         "utils.export": (st.sampled_from([[RUN, EXPORTED], []]), {}, 1),
         "preprocess.py": (
             st.sampled_from([["--dataset_dir", "datasets"], []]),
@@ -611,7 +616,7 @@ def attempt(name: str, examples: int, start: int, tally: Tally) -> None:
             tally.counts[of, kind.run(drawn)] += 1
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{of}: {type(error).__name__} in {frame.filename}:{frame.lineno}"
+            where = f"{of}: {type(error).__name__} in {frame.filename}:{frame.lineno}: {str(error)[:60]}"
             tally.counts[of, "failed"] += 1
             tally.failures.setdefault(where, f"{of}: {drawn!r:.1500}\n{traceback.format_exc():.6000}")
 

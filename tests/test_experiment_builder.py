@@ -647,6 +647,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration(toy_data: Path, tmp_
         (["--num_classes_per_set", "5"], r"5.*4"),
         (["--num_target_samples", "8"], r"class_0.*8"),
         (["--gpu", "97"], r"GPU 97 does not exist on this machine"),
+        (["--gpu", "²"], r"GPU ² does not exist on this machine"),
         (["--dataset_name", "nowhere"], r"nowhere.*preprocess"),
         (["--test_dataset", "nowhere"], r"nowhere.*preprocess"),
         (["--evaluate_on_test_set_only", "true"], r"there is no checkpoint in .*train first"),

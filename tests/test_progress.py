@@ -32,7 +32,12 @@ def test_only_the_main_process_writes(capsys: pytest.CaptureFixture[str], monkey
 
 @pytest.mark.parametrize(
     ("raised", "status", "printed"),
-    [(None, 0, ""), (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped here\n")],
+    [
+        (None, 0, ""),
+        (UserError("no data"), 2, "error: no data\n"),
+        (KeyboardInterrupt(), 130, "stopped here\n"),
+        (PermissionError(13, "Permission denied", "a/file"), 2, "error: a/file: Permission denied\n"),
+    ],
 )
 def test_a_program_ends_with_a_status_and_one_line(
     raised: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]

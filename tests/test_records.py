@@ -66,6 +66,7 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
         ("logs/options.json", '{"test_way": 5'),
         ("logs/options.json", "[5]"),
         ("logs/options.json", "{}"),
+        ("logs/options.json", "[" * 100_000),
         ("logs/test_summary.json", '[{"dataset": "glyphs"'),
         ("logs/test_summary.json", '[{"dataset": "glyphs"}]'),
         ("logs/diagnostics.jsonl", '{"epoch": 1}\n{"epoch":'),
