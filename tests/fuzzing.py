@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,13 +39,14 @@ import learner
 import predict
 import test as test_entry
 import train_maml_system
+from experiment_builder import Experiment
 from few_shot_learning_system import build_learner
 from learner import FewShotLearner
 from preprocess import preprocess, staging
 from preprocess.pickles import loads
 from preprocess.writing import why_unreadable
 from tests import made_archives, made_models, made_runs
-from utils import checkpoints, compare, entry, export, results
+from utils import compare, entry, export, results
 from utils.errors import UserError
 from utils.image_cache import open_split
 from utils.names import can_name_a_file
@@ -52,7 +54,7 @@ from utils.options import ALIASES, all_defaults, declaration, parse_args
 from utils.synthetic import write_dataset
 
 ACCEPTED, REFUSED = "accepted", "refused"
-MOST_LINES, MOST_CHARACTERS = 8, 2500  # of an error message
+MOST_LINES, MOST_CHARACTERS = 8, 6000  # of an error message, which may quote a word; the longest has 5000
 Entry = Callable[[Sequence[str]], object]
 
 
@@ -111,13 +113,14 @@ COMMON = shlex.split(
     "--num_target_samples 2 --num_evaluation_tasks 2 --gpu cpu --num_dataprovider_workers 1 --normalization unit"
 )
 GRADIENT = [*COMMON, *shlex.split("--image_height 8 --image_width 8 --num_stages 1 --cnn_num_filters 2")]
+CONTEXT = ["--contextual_grad", "--num_context_params", "2"]
 HEAD = [*COMMON, *shlex.split("--head Ridge --image_height 16 --image_width 16 --val_shot 1 --val_query 2")]
 
 
 def furnish() -> None:
     """Write a data set, a run with a checkpoint, an exported model and a file of options to the present folder."""
     write_dataset(Path("datasets") / "toy", classes=4, images=6)
-    options = parse_args([*GRADIENT, "--contextual_grad", "--num_context_params", "2"])
+    options = parse_args([*GRADIENT, *CONTEXT])
     for run in (made_runs.write_run(Path(OTHER)), made_runs.write_run(Path(RUN))):
         made_runs.write_options(run, **dataclasses.asdict(options))
         made_runs.write_results(run, made_runs.result("toy", 0.5))
@@ -132,7 +135,10 @@ def furnish() -> None:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """Inside, the present folder is a new one that `furnish` filled; no program trains, fetches or edits documents."""
+    """Inside, the present folder is a new one that `furnish` filled.
+
+    No program trains, fetches archives, edits the project's documents or starts processes there.
+    """
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="fuzzing_") as name, contextlib.ExitStack() as stack:
         folder = Path(name, "as", "deep", "as", "drawn", "paths", "go", "up")
@@ -140,8 +146,11 @@ def workplace() -> Iterator[Path]:
         os.chdir(folder)
         stack.callback(os.chdir, before)
         furnish()
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # Pillow's, of damaged images
         for owner in (learner.FewShotLearner, few_shot_learning_system.MAMLFewShotClassifier):
             stack.enter_context(mock.patch.object(owner, "choose_form", check_start))
+        stack.enter_context(mock.patch.object(train_maml_system.distributed, "launch", side_effect=Started))
+        stack.enter_context(mock.patch.object(Experiment, "_train_epoch", side_effect=Started))
         stack.enter_context(mock.patch.object(results, "keep", side_effect=Started))
         stack.enter_context(mock.patch.object(preprocess.fetching, "fetch", side_effect=Started))
         yield folder
@@ -560,13 +569,79 @@ def checkpoint_files(draw: st.DrawFn) -> bytes:
     return draw(perhaps_mutated(st.just(out.getvalue())))
 
 
-def run_checkpoint(content: bytes) -> str:
-    file = Path("drawn_checkpoint")
-    file.write_bytes(content)
-    with contextlib.suppress(checkpoints.DamagedCheckpoint):
-        checkpoints.load(file)
-    words = ["--load", str(file), "--episode", "2", "--query", "2", "--dataset_dir", "datasets", "--dataset", "toy"]
-    return outcome_of(lambda: test_entry.main([*words, "--gpu", "cpu"]))
+class Checkpoint(NamedTuple):
+    program: str
+    content: bytes
+
+
+def checkpoints_for_programs() -> st.SearchStrategy[Checkpoint]:
+    return st.builds(Checkpoint, st.sampled_from(("train_maml_system.py", "test.py", "predict.py")), checkpoint_files())
+
+
+def run_checkpoint(checkpoint: Checkpoint) -> str:
+    """Train on from a checkpoint, test it or predict with it."""
+    folder = Path("drawn_run")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "latest").write_bytes(checkpoint.content)
+    load = ["--load", str(folder / "latest"), "--gpu", "cpu"]
+    words = {
+        "train_maml_system.py": [*GRADIENT, *CONTEXT, "--save_path", str(folder)],
+        "test.py": [*load, "--episode", "2", "--query", "2", "--dataset_dir", "datasets", "--dataset", "toy"],
+        "predict.py": [*load, "--support", "support", "--query", "query", "--out", str(folder / "out")],
+    }
+    return outcome_of(lambda: ENTRIES[checkpoint.program](words[checkpoint.program]))
+
+
+# --- files of runs and of exported models --------------------------------------------------------------------------
+
+READERS = {  # by a file, those that read it
+    f"{RUN}/logs/options.json": (["utils.compare", RUN, OTHER], ["utils.results", RUN]),
+    f"{RUN}/logs/summary_statistics.csv": (["utils.compare", RUN, OTHER], ["utils.results", RUN]),
+    f"{RUN}/logs/test_summary.json": (
+        ["utils.compare", RUN, OTHER],
+        ["utils.results", RUN],
+        ["utils.export", RUN, EXPORTED],
+    ),
+    f"{EXPORTED}/options.json": (
+        ["test.py", "--load", EXPORTED, "--episode", "2", "--dataset_dir", "datasets", "--gpu", "cpu"],
+        ["utils.export", RUN, EXPORTED],
+    ),
+    f"{EXPORTED}/model.safetensors": (["test.py", "--load", EXPORTED], ["utils.export", RUN, EXPORTED]),
+}
+
+
+class Spoilt(NamedTuple):
+    program: str
+    words: list[str]
+    file: str
+    content: bytes
+
+
+@st.composite
+def spoilt_files(draw: st.DrawFn) -> Spoilt:
+    """Draw a file with bytes changed, or for JSON another value somewhere, and a program that reads it."""
+    file = draw(st.sampled_from(list(READERS)))
+    program, *words = draw(st.sampled_from(READERS[file]))
+    content = Path(file).read_bytes()
+    if file.endswith(".json") and draw(st.booleans()):
+        held: Any = json.loads(content)
+        row = held[0] if isinstance(held, list) else held
+        inner = draw(st.sampled_from([row, *(value for value in row.values() if isinstance(value, dict) and value)]))
+        inner[draw(st.sampled_from(list(inner)))] = draw(st.sampled_from(ODD_VALUES))
+        return Spoilt(program, words, file, json.dumps(held).encode())
+    return Spoilt(program, words, file, draw(st.one_of(mutated(st.just(content)), st.sampled_from(RAW))))
+
+
+def run_spoilt(spoilt: Spoilt) -> str:
+    before = Path(spoilt.file).read_bytes()
+    exported = {path: path.read_bytes() for path in Path(EXPORTED).iterdir()}
+    Path(spoilt.file).write_bytes(spoilt.content)
+    try:
+        return outcome_of(lambda: ENTRIES[spoilt.program](spoilt.words))
+    finally:
+        for path, content in {**exported, Path(spoilt.file): before}.items():
+            path.write_bytes(content)
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
@@ -583,7 +658,8 @@ KINDS = {
     "JSON files": Kind(json_files, run_json, 0.4),
     "images": Kind(pictures, run_picture, 0.1),
     "archives": Kind(archives, run_archive, 0.1),
-    "checkpoints": Kind(checkpoint_files, run_checkpoint, 0.1),
+    "checkpoints": Kind(checkpoints_for_programs, run_checkpoint, 0.1),
+    "files of runs": Kind(spoilt_files, run_spoilt, 0.1),
 }
 
 
@@ -611,7 +687,7 @@ def attempt(name: str, examples: int, start: int, tally: Tally) -> None:
     @settings(usual, suppress_health_check=list(HealthCheck))
     @given(kind.inputs())
     def each(drawn: Any) -> None:
-        of = f"{name}, {drawn.program}" if isinstance(drawn, Line) else name
+        of = f"{name}, {drawn.program}" if hasattr(drawn, "program") else name
         try:
             tally.counts[of, kind.run(drawn)] += 1
         except Exception as error:
@@ -638,5 +714,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a drawn "--gpu 0,1" must not start processes
     sys.exit(main())

@@ -659,6 +659,19 @@ def test_bad_input_is_named(toy_data: Path, tmp_path: Path, extra: list[str], me
         main(command(toy_data, tmp_path, *extra))
 
 
+@pytest.mark.parametrize("part", ["options", "normalization", "history", "sums", "iterations_done"])
+@pytest.mark.parametrize("more", [[], ["--evaluate_on_test_set_only"]], ids=["go on", "test"])
+def test_a_checkpoint_without_a_part_of_the_training_state_is_not_continued(
+    part: str, more: list[str], toy_data: Path, finished: Path, tmp_path: Path
+) -> None:
+    (latest,) = finished.glob("*/*/saved_models/latest")
+    state = checkpoints.load(latest)
+    del state[part]
+    checkpoints.save(state, tmp_path / "latest")
+    with pytest.raises(UserError, match="latest holds weights only, no training state"):
+        main(command(toy_data, tmp_path, "--save_path", str(tmp_path), *more))
+
+
 def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Path) -> None:
     process = start("train_maml_system.py", *command(toy_data, tmp_path, "--contxtual_grad", "true"))
     output, _ = process.communicate(timeout=60)

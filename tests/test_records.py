@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
         ("logs/options.json", "[" * 100_000),
         ("logs/test_summary.json", '[{"dataset": "glyphs"'),
         ("logs/test_summary.json", '[{"dataset": "glyphs"}]'),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"dataset": [1]}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"accuracy": None}])),
         ("logs/diagnostics.jsonl", '{"epoch": 1}\n{"epoch":'),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,1\n"),
         ("visual_outputs/sample_episode_glyphs.npz", "PK\x03\x04 cut short"),

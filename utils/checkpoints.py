@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,21 @@ def _are_weights(part: Any) -> bool:
     return _is_named(part) and all(isinstance(tensor, Tensor) for tensor in part.values())
 
 
-def _are_numbers(values: Any) -> bool:
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def _are_statistics(pair: Any) -> bool:
     """Return whether it is mean and deviation of each channel, or None."""
     rows = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(row, tuple) for row in pair)
-    return pair is None or (rows and len(pair[0]) == len(pair[1]) in (1, 3) and _are_numbers([*pair[0], *pair[1]]))
+    if pair is None or not rows:
+        return pair is None
+    values = [*pair[0], *pair[1]]
+    return len(pair[0]) == len(pair[1]) in (1, 3) and _are_numbers(values) and all(map(math.isfinite, values))
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, list) and all(_is_named(group, "params") for group in groups)
 
 
 def _is_history(rows: Any) -> bool:
@@ -102,8 +109,8 @@ PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     "options": _is_named,
     "normalization": _are_statistics,
     "history": _is_history,
-    "sums": _is_named,
-    "optimizer": lambda part: _is_named(part, "state", "param_groups"),
+    "sums": lambda part: _is_named(part) and _are_numbers(part.values()),
+    "optimizer": lambda part: _is_named(part, "state", "param_groups") and _are_groups(part["param_groups"]),
     "iterations_done": lambda number: isinstance(number, int) and number >= 0,
     "form": lambda part: part is None or _is_named(part, "tasks_per_pass", "captured"),
 }

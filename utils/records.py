@@ -63,6 +63,13 @@ class Setup(NamedTuple):
         return re.sub(r"/seed_\d+$", "", self.experiment_name) if self.num_seeds > 1 else self.experiment_name
 
 
+RESULT_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("dataset", "trained_on", "model", "split", "batch_norm"), str),
+    **dict.fromkeys(("way", "shot", "query", "episodes"), int),
+    **dict.fromkeys(("accuracy", "ci95_per_episode", "ci95_per_query"), int | float),
+}
+
+
 class Result(NamedTuple):
     """A result is an entry of test_summary.json; accuracy and CI in %."""
 
@@ -171,6 +178,9 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
+    for name, kind in RESULT_KINDS.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(f"{name} is {entry[name]!r}")
     method = f"{entry['head']} head" if entry.get("head") else f"{entry['steps']} inner steps"
     protocol = (
         f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
