@@ -87,7 +87,6 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         ("history", {}),
         ("history", [3]),
         ("optimizer", {}),
-        ("optimizer", {"state": {}, "param_groups": 3}),
         ("sums", {"loss": "x"}),
         ("iterations_done", "many"),
         ("form", {"tasks": 3}),

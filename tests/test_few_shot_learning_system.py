@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,6 +312,17 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Any) -> None:
         tiny_model(cnn_num_filters=6).load_model(tmp_path, "m", 1)
     with pytest.raises(UserError, match=r"there is no checkpoint .*m_2; in its folder: m_1"):
         tiny_model().load_model(tmp_path, "m", 2)
+
+
+@pytest.mark.parametrize("groups", [3, [3], [{}], [{"params": 3}]])
+def test_an_optimiser_of_another_kind_is_refused_and_changes_nothing(groups: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    before = model.state_dict()
+    state = {**tiny_model(seed=9).weights(), "optimizer": {"state": {}, "param_groups": groups}}
+    with pytest.raises(UserError, match="latest does not fit this model"):
+        model.load_state(state, tmp_path / "latest")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.run_train_iter(tiny_batch(), 0)
 
 
 def test_missing_attributes_take_the_defaults() -> None:

@@ -64,6 +64,7 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
     [
         ("logs/summary_statistics.csv", "epoch,iterations\n1,2\n"),
         ("logs/summary_statistics.csv", CSV_HEADER + "\n1,500,1.2\n"),
+        ("logs/summary_statistics.csv", "x" * 200_000),
         ("logs/options.json", '{"test_way": 5'),
         ("logs/options.json", "[5]"),
         ("logs/options.json", "{}"),

@@ -96,10 +96,6 @@ def _are_statistics(pair: Any) -> bool:
     return len(pair[0]) == len(pair[1]) in (1, 3) and _are_numbers(values) and all(map(math.isfinite, values))
 
 
-def _are_groups(groups: Any) -> bool:
-    return isinstance(groups, list) and all(_is_named(group, "params") for group in groups)
-
-
 def _is_history(rows: Any) -> bool:
     return isinstance(rows, list) and all(_is_named(row, "epoch", "val_accuracy") for row in rows)
 
@@ -110,7 +106,7 @@ PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     "normalization": _are_statistics,
     "history": _is_history,
     "sums": lambda part: _is_named(part) and _are_numbers(part.values()),
-    "optimizer": lambda part: _is_named(part, "state", "param_groups") and _are_groups(part["param_groups"]),
+    "optimizer": lambda part: _is_named(part, "state", "param_groups"),
     "iterations_done": lambda number: isinstance(number, int) and number >= 0,
     "form": lambda part: part is None or _is_named(part, "tasks_per_pass", "captured"),
 }

@@ -230,7 +230,7 @@ def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
         return None
     try:
         return parse(path)
-    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile, csv.Error) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
         ) from error

@@ -134,7 +134,7 @@ def _read(logs: Path) -> list[Tested]:
         return list(_tests(logs))
     except FileNotFoundError as error:
         log.warning("%s is left out: there is no %s", logs.parent, error.filename)
-    except (UserError, LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
         log.warning("%s is left out: %s", logs.parent, error if isinstance(error, UserError) else repr(error))
     return []
 
