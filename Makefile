@@ -25,7 +25,7 @@ test: $(READY) ## run every test; ARGS="tests/test_data.py -k sampler" runs some
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 torture: $(READY) ## give odd inputs to everything that reads what users write, and print what came of them
-	"$(ENV_PYTHON)" -m tests.fuzzing $(ARGS)
+	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.fuzzing $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	.venv/bin/ruff check
