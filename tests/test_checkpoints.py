@@ -81,6 +81,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         ("network", {1: torch.zeros(2)}),
         ("options", [1]),
         ("options", {1: 2}),
+        ("options", {"seed": torch.zeros(2)}),
         ("normalization", 0.5),
         ("normalization", ((0.5,), (0.5, 0.5))),
         ("normalization", ((float("nan"),), (0.5,))),

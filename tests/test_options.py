@@ -220,6 +220,7 @@ def test_an_option_that_an_older_checkpoint_does_not_know_counts_as_its_default(
     assert not differences(before, Options(), "resume")
     assert [one.name for one in differences(before, Options(max_pooling=False), "resume")] == ["max_pooling"]
     assert not differences(before | {"dataset_name": "mini-ImageNet"}, Options(), "resume")
+    assert [one.name for one in differences(before | {"dataset_name": 3}, Options(), "resume")] == ["dataset_name"]
 
 
 def test_a_flag_alone_means_true() -> None:

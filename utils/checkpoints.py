@@ -100,9 +100,10 @@ def _is_history(rows: Any) -> bool:
     return isinstance(rows, list) and all(_is_named(row, "epoch", "val_accuracy") for row in rows)
 
 
+PLAIN = str | int | float | None  # what options are
 PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(PARTS, _are_weights),
-    "options": _is_named,
+    "options": lambda part: _is_named(part) and all(isinstance(value, PLAIN) for value in part.values()),
     "normalization": _are_statistics,
     "history": _is_history,
     "sums": lambda part: _is_named(part) and _are_numbers(part.values()),

@@ -499,7 +499,7 @@ def differences(before: Mapping[str, Any], now: Options, purpose: Literal["resum
     found = []
     for name, value in dataclasses.asdict(now).items():
         policy: Policy = getattr(declaration(name), purpose)
-        same = before[name] == value or (name == "dataset_name" and same_dataset(before[name], value))
+        same = before[name] == value or (name == "dataset_name" and same_dataset(str(before[name]), value))
         if not same and policy != "ignore" and not unmet(declaration(name).only, now):
             found.append(Difference(name, before[name], value, policy))
     return found
