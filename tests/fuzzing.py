@@ -107,6 +107,7 @@ def nothing_but(folder: Path, *names: str) -> None:
 # --- the place where programs run ----------------------------------------------------------------------------------
 
 RUN, OTHER, EXPORTED, OPTIONS_FILE = "run", "other_run", "exported", "options.json"
+UNTOUCHED = Path("..", "untouched")  # copies of what a program may change
 BEST = f"{RUN}/saved_models/best"
 COMMON = shlex.split(
     "--dataset_dir datasets --dataset_name toy --num_classes_per_set 3 --num_samples_per_class 1 --batch_size 2 "
@@ -129,8 +130,18 @@ def furnish() -> None:
     build_learner("cpu", options).save_model(run / "saved_models" / "best", state)
     export.export(run, Path(EXPORTED))
     Path(OPTIONS_FILE).write_text(json.dumps({"batch_size": 3, "second_order": "False"}))
+    for made in (RUN, OTHER, EXPORTED):
+        shutil.copytree(made, UNTOUCHED / made)
     made_models.write_classes(Path("support"), 2, 2)
     made_models.write_classes(Path("query"), 1, 1, seed=6)
+
+
+def tidy_up() -> None:
+    """Undo what earlier inputs did to the run and the exported model, and remove what they made."""
+    for made in (RUN, OTHER, EXPORTED, "out", "predictions", "new", "datasets/new"):
+        shutil.rmtree(made, ignore_errors=True)
+        if (UNTOUCHED / made).is_dir():
+            shutil.copytree(UNTOUCHED / made, made)
 
 
 @contextlib.contextmanager
@@ -305,8 +316,7 @@ def split_shares(words: list[str]) -> list[str]:
 
 
 def run_line(line: Line) -> str:
-    for made in ("out", "predictions", "new", "datasets/new"):
-        shutil.rmtree(made, ignore_errors=True)
+    tidy_up()
     return outcome_of(lambda: ENTRIES[line.program](line.words))
 
 
@@ -549,7 +559,7 @@ def exit_with(status: int) -> None:
 @st.composite
 def checkpoint_files(draw: st.DrawFn) -> bytes:
     """Draw a checkpoint with some of its values or bytes changed, in torch's present and in its earlier form."""
-    state = torch.load(BEST, weights_only=True)
+    state = torch.load(UNTOUCHED / BEST, weights_only=True)
     keys = st.sampled_from([*state])
     junk = st.sampled_from(
         [None, 3, "x", [], [1, 2], {}, {"a": 1}, {1: torch.zeros(2)}, torch.zeros(3), (1.0, "y"), math.nan]
@@ -621,7 +631,7 @@ def spoilt_files(draw: st.DrawFn) -> Spoilt:
     """Draw a file, mostly with bytes or a value changed, and a program that reads it."""
     file = draw(st.sampled_from(list(READERS)))
     program, *words = draw(st.sampled_from(READERS[file]))
-    content = Path(file).read_bytes()
+    content = (UNTOUCHED / file).read_bytes()
     if file.endswith(".json") and draw(st.booleans()):
         held: Any = json.loads(content)
         row = held[0] if isinstance(held, list) else held
@@ -632,14 +642,9 @@ def spoilt_files(draw: st.DrawFn) -> Spoilt:
 
 
 def run_spoilt(spoilt: Spoilt) -> str:
-    before = Path(spoilt.file).read_bytes()
-    exported = {path: path.read_bytes() for path in Path(EXPORTED).iterdir()}
+    tidy_up()
     Path(spoilt.file).write_bytes(spoilt.content)
-    try:
-        return outcome_of(lambda: ENTRIES[spoilt.program](spoilt.words))
-    finally:
-        for path, content in {**exported, Path(spoilt.file): before}.items():
-            path.write_bytes(content)
+    return outcome_of(lambda: ENTRIES[spoilt.program](spoilt.words))
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
