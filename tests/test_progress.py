@@ -55,6 +55,14 @@ def test_preparing_data_sets_does_not_wait_for_torch() -> None:
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_program_prints_names_of_files_that_are_not_unicode() -> None:
+    lines = r"from utils import entry; entry.run(lambda: print('caf\udce9'))"
+    run = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": "utf-8"}
+    )
+    assert (run.stdout, run.stderr) == (b"caf\\udce9\n", b"")
+
+
 def test_a_program_whose_reader_has_ended_ends_without_a_word() -> None:
     talk = "entry.run(lambda: [print('a line') for _ in range(10**5)])"
     lines = f"import sys; from utils import entry; print({talk}, file=sys.stderr)"

@@ -1,5 +1,6 @@
 """How every program of this project ends: what a user can mend is one line on stderr, not a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
     It is 0, 2 after a UserError and where the system refuses a file, 130 after Ctrl-C, which prints `interrupted`, and
     141, without a word, where whatever reads the output has ended, as `| head` does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be Unicode
     try:
         main()
     except UserError as error:

@@ -60,9 +60,9 @@ def parsed_json(text: bytes, **options: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file (UTF-8)."""
+    """Replace a small text file (UTF-8; names of files need not be Unicode, what is not becomes an escape)."""
     with replace_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
