@@ -252,7 +252,7 @@ class Experiment:
     def _files(self) -> list[Path]:
         """All checkpoints that are there: the latest one, those of epochs from the last to the first, the best one."""
         stems = (path.name.removesuffix(self.model.suffix) for path in self.models.glob("epoch_*"))
-        epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdigit()}
+        epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdecimal()}
         names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
         return [path for path in map(self.file, names) if path.exists()]
 
@@ -342,8 +342,7 @@ class Experiment:
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         """Take over the training state that was read from `path`; raises UserError if it is not one of this run."""
-        if "history" not in state:
-            raise UserError(f"{path} holds weights only, no training state; it can be tested, not continued")
+        check_training_state(path, state)
         self._compare_options(state["options"], "resume")
         self.model.load_state(state, path)
         self.history, self.normalization = state["history"], state["normalization"]
@@ -368,7 +367,8 @@ class Experiment:
         newest = self.newest_whole()
         if newest is None:
             raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
-        _, state = newest
+        path, state = newest
+        check_training_state(path, state)
         self.history = state["history"]
         self._compare_options(state["options"], "test")
         whole = ((path, read) for epoch in self.ranking() if (read := self._read(path := self.file(f"epoch_{epoch}"))))
@@ -380,6 +380,14 @@ class Experiment:
         results = meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
         self.observer.tested(results, state["iterations_done"])
         return results
+
+
+def check_training_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise UserError if a checkpoint does not hold where a training stands."""
+    if not {"options", "normalization", "history", "sums", "iterations_done"} <= state.keys():
+        raise UserError(
+            f"{path} holds weights only, no training state; test.py can test it, but it cannot be continued"
+        )
 
 
 def iterations_between_readings(seconds_per_iteration: float) -> int:

@@ -125,7 +125,9 @@ def check_together(options: Options) -> Iterator[str]:
 @add_options
 class CxGradOptions(Options):
     contextual_grad: bool = opt(False, "CxGrad: scale the backbone's gradients by the task's context", only=GRADIENT)
-    num_context_params: int = opt(100, "CxGrad: length of the context vector", at_least=1, only=GRADIENT, dry_run=4)
+    num_context_params: int = opt(
+        100, "CxGrad: length of the context vector", at_least=1, at_most=10_000, only=GRADIENT, dry_run=4
+    )
     context_params_learning_rate: float = opt(
         1.0, "CxGrad: step size of the context vector", at_least=0, only=GRADIENT, test="warn"
     )

@@ -270,7 +270,7 @@ class FewShotLearner(nn.Module):
             if "optimizer" in state and with_optimizer:
                 self.optimizer.load_state_dict(state["optimizer"])
             load_official(self, weights)
-        except (UserError, ValueError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError) as error:  # torch checks little of an optimiser's
             self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)

@@ -18,7 +18,7 @@ from utils import distributed
 from utils.confusion import write_confusion
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
-from utils.files import only_process, replace_file, write_csv, write_text
+from utils.files import only_process, parsed_json, replace_file, write_csv, write_text
 from utils.names import find_dataset
 from utils.options import Options
 from utils.progress import progress_bar
@@ -163,12 +163,12 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """
     file = folder / "test_summary.json"
     with only_process(folder):
-        try:
-            kept = json.loads(file.read_text()) if file.exists() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
         same = [identity(result) for result in results]
-        rows = [row for row in kept if identity(row) not in same] + list(results)
+        try:
+            kept = parsed_json(file.read_bytes()) if file.exists() else []
+            rows = [row for row in kept if identity(row) not in same] + list(results)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
         write_text(file, json.dumps(rows, indent=2))
         write_csv(file.with_suffix(".csv"), [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows])
 

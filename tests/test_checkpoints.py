@@ -73,6 +73,32 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("network", 3),
+        ("network", {"w": "x"}),
+        ("network", {1: torch.zeros(2)}),
+        ("options", [1]),
+        ("options", {1: 2}),
+        ("options", {"seed": torch.zeros(2)}),
+        ("normalization", 0.5),
+        ("normalization", ((0.5,), (0.5, 0.5))),
+        ("normalization", ((float("nan"),), (0.5,))),
+        ("history", {}),
+        ("history", [3]),
+        ("optimizer", {}),
+        ("sums", {"loss": "x"}),
+        ("iterations_done", "many"),
+        ("form", {"tasks": 3}),
+    ],
+)
+def test_parts_of_another_kind_are_named(part: str, value: object, tmp_path: Path) -> None:
+    torch.save({"network": {"w": torch.zeros(1)}, part: value}, tmp_path / "latest")
+    with pytest.raises(DamagedCheckpoint, match=f"latest is damaged or not a checkpoint: its '{part}' is not"):
+        checkpoints.load(tmp_path / "latest")
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -152,6 +152,13 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     assert abs(decoded - [255, 0, 0]).max() <= 4
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab_images_are_read_in_colour_and_in_grey(channels: int, tmp_path: Path) -> None:
+    Image.new("LAB", (2, 1), (255, 128, 128)).save(tmp_path / "white.tiff")
+    decoded = decode_image(tmp_path / "white.tiff", (channels, 1, 2))
+    assert decoded.shape == (1, 2, channels) and (decoded > 250).all()
+
+
 def test_exif_orientation_turns_the_image_upright(tmp_path: Path) -> None:
     upright = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(3, 2) * 40)
     exif = Image.Exif()

@@ -642,6 +642,7 @@ def test_a_process_that_does_not_see_the_others_checkpoints_says_so(
         (["--num_classes_per_set", "5"], r"5.*4"),
         (["--num_target_samples", "8"], r"class_0.*8"),
         (["--gpu", "97"], r"GPU 97 does not exist on this machine"),
+        (["--gpu", "²"], r"GPU ² does not exist on this machine"),
         (["--dataset_name", "nowhere"], r"nowhere.*preprocess"),
         (["--test_dataset", "nowhere"], r"nowhere.*preprocess"),
         (["--evaluate_on_test_set_only", "true"], r"there is no checkpoint in .*train first"),
@@ -651,6 +652,19 @@ def test_a_process_that_does_not_see_the_others_checkpoints_says_so(
 def test_bad_input_is_named(toy_data: Path, tmp_path: Path, extra: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
         main(command(toy_data, tmp_path, *extra))
+
+
+@pytest.mark.parametrize("part", ["options", "normalization", "history", "sums", "iterations_done"])
+@pytest.mark.parametrize("more", [[], ["--evaluate_on_test_set_only"]], ids=["go on", "test"])
+def test_a_checkpoint_without_a_part_of_the_training_state_is_not_continued(
+    part: str, more: list[str], toy_data: Path, finished: Path, tmp_path: Path
+) -> None:
+    (latest,) = finished.glob("*/*/saved_models/latest")
+    state = checkpoints.load(latest)
+    del state[part]
+    checkpoints.save(state, tmp_path / "latest")
+    with pytest.raises(UserError, match="latest holds weights only, no training state"):
+        main(command(toy_data, tmp_path, "--save_path", str(tmp_path), *more))
 
 
 def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Path) -> None:

@@ -239,6 +239,10 @@ def break_options(model: Path) -> None:
     (model / "options.json").write_text("{")
 
 
+def nest_options(model: Path) -> None:
+    (model / "options.json").write_text("[" * 100_000)
+
+
 def empty_options(model: Path) -> None:
     (model / "options.json").write_text("[]")
 
@@ -256,6 +260,7 @@ def remove_weights(model: Path) -> None:
         (remove_options, "FileNotFoundError"),
         (break_options, "JSONDecodeError"),
         (empty_options, "TypeError"),
+        (nest_options, "nested too deeply"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,39 +190,6 @@ def test_training_raises_the_accuracy_on_new_tasks_far_above_chance(contextual: 
 # --- interface -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"contextual_grad": True},
-        {"contextual_grad": True, "second_order": False},
-        {"contextual_grad": True, "alfa": True},
-        {"alfa": True},
-        {"attenuate": True, "meta_sgd": True},
-        {"inner_loop_part": "body", "backbone": "ResNet-12", "resnet_widths": "3-4"},
-    ],
-)
-def test_gradients_do_not_depend_on_tasks_per_pass(changes: dict[str, Any]) -> None:
-    gradients = []
-    for tasks_per_pass in (1, 2, 3):
-        model = tiny_model(tasks_per_pass=tasks_per_pass, batch_size=3, **changes)
-        model.run_train_iter(tiny_batch(tasks=3), 0)
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for other in gradients[1:]:
-        for ours, theirs in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
-def test_per_step_statistics_do_not_depend_on_tasks_per_pass() -> None:
-    statistics = []
-    for tasks_per_pass in (1, 3):
-        model = tiny_model(tasks_per_pass=tasks_per_pass, batch_size=3, per_step_bn_statistics=True)
-        model.run_train_iter(tiny_batch(tasks=3), 0)
-        statistics.append([b for n, b in model.named_buffers()])
-    for ours, theirs in zip(*statistics, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-
-
 def test_validation_changes_nothing() -> None:
     model = tiny_model(contextual_grad=True, per_step_bn_statistics=True)
     before = copy.deepcopy(model.state_dict())
@@ -344,6 +312,17 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Any) -> None:
         tiny_model(cnn_num_filters=6).load_model(tmp_path, "m", 1)
     with pytest.raises(UserError, match=r"there is no checkpoint .*m_2; in its folder: m_1"):
         tiny_model().load_model(tmp_path, "m", 2)
+
+
+@pytest.mark.parametrize("groups", [3, [3], [{}], [{"params": 3}]])
+def test_an_optimiser_of_another_kind_is_refused_and_changes_nothing(groups: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    before = model.state_dict()
+    state = {**tiny_model(seed=9).weights(), "optimizer": {"state": {}, "param_groups": groups}}
+    with pytest.raises(UserError, match="latest does not fit this model"):
+        model.load_state(state, tmp_path / "latest")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.run_train_iter(tiny_batch(), 0)
 
 
 def test_missing_attributes_take_the_defaults() -> None:
@@ -571,20 +550,6 @@ def test_resnet12_has_the_published_widths_and_equals_plain_layers() -> None:
     expected = F.linear(y.mean((2, 3)), p["layer_dict.linear.weights"], p["layer_dict.linear.bias"])
     found = functional_call(net, seen_by_tasks(net, 2, buffers=False), (torch.stack([x, x]), Pass()))
     torch.testing.assert_close(found, torch.stack([expected, expected]))
-
-
-def test_labels_in_any_order_give_the_same_loss() -> None:
-    """Support and query rows may come shuffled; only the label of each row counts."""
-    model = tiny_model()
-    tasks = model._to_device(tiny_batch())
-    order = torch.tensor([4, 0, 5, 2, 1, 3])
-    *_, plain = model.inner_loop(tasks.x_support, tasks.y_support, 2, SECOND_ORDER)
-    *_, shuffled = model.inner_loop(tasks.x_support[:, order], tasks.y_support[:, order], 2, SECOND_ORDER)
-    for state in (plain, shuffled):
-        logits = model._query_logits(state, tasks.x_query, None)
-        if state is plain:
-            expected = cross_entropy(logits, tasks.y_query)
-    torch.testing.assert_close(cross_entropy(logits, tasks.y_query), expected)
 
 
 # --- graphs in evaluation ------------------------------------------------------------------------------------------

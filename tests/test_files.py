@@ -87,3 +87,8 @@ def test_a_lock_without_a_purpose_waits_for_its_turn(tmp_path: Path) -> None:
 def test_a_lock_with_a_purpose_says_who_holds_it(tmp_path: Path) -> None:
     with only_process(tmp_path, "training"), pytest.raises(UserError, match="another process is training in"):
         only_process(tmp_path, "training").__enter__()
+
+
+def test_a_text_may_hold_names_of_files_that_are_not_unicode(tmp_path: Path) -> None:
+    write_text(tmp_path / "results.md", "caf\udce9, café")
+    assert (tmp_path / "results.md").read_bytes() == b"caf\\udce9, caf\xc3\xa9"

@@ -76,7 +76,7 @@ def test_naming_a_head_brings_metaoptnets_defaults_and_those_of_the_data_set() -
         ),
         ("--head Ridge --network ResNet --resnet_widths 2-3-4", "it takes four numbers"),
         ("--learner head --head None", "--learner head needs a --head"),
-        ("--head SVM --train-way 1", "at least 2 ways"),
+        ("--head SVM --train-way 1", "--num_classes_per_set is 1; it must be from 2 to"),
         ("--head Ridge --dataset CIFAR_FS --image_channels 1", "in 1 channels are published"),
         ("--test_datasets CUB,", "it takes different names"),
         ("--test_datasets CIFAR-FS,CIFAR_FS", "it takes different names"),

@@ -1,11 +1,12 @@
 """Names of data sets are forgiving, and ambiguity is an error that names both folders."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.names import KNOWN, canonical_name, find_dataset, turns_classes
+from utils.names import KNOWN, can_name_a_file, canonical_name, find_dataset, turns_classes
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,12 @@ from utils.names import KNOWN, canonical_name, find_dataset, turns_classes
 )
 def test_spellings_of_a_known_data_set_become_its_canonical_name(typed: str, canonical: str) -> None:
     assert canonical_name(typed) == canonical
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\nb", "a\0b", "\x1b[31m", "\ud800"])
+def test_odd_text_cannot_name_a_file(text: str) -> None:
+    assert not can_name_a_file(text)
+    assert can_name_a_file("Ünïcode 💥") and can_name_a_file(os.fsdecode(b"latin-1 \xe9"))
 
 
 def test_canonical_names_and_unknown_names_come_back_unchanged() -> None:

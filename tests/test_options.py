@@ -52,6 +52,15 @@ def test_command_line_wins_over_json_which_wins_over_defaults(tmp_path: Path) ->
         (["--min_learning_rate", "0.1"], r"--min_learning_rate 0.1 is above --meta_learning_rate 0.001"),
         (["--continue_from_epoch", "last"], r"--continue_from_epoch is 'last': latest, from_scratch or a number"),
         (["--train_seed", "-1"], r"--train_seed is -1; it must be from 0"),
+        (["--batch_size"], r"--batch_size.* expected one argument \(--help lists all\)"),
+        (["--batch_size", "9" * 5000], r"--batch_size is '9{30}.*; it takes a whole number"),
+        (["--batch_size", "1" + "0" * 300], r"--batch_size is 10{30}.*; it must be from 1 to 1000000000 "),
+        (["--num_classes_per_set", "1"], r"--num_classes_per_set is 1; it must be from 2 to 10000 "),
+        (["--resnet_widths", "9" * 5000, "--backbone", "ResNet-12"], r"--resnet_widths is '9{30}.*; it takes numbers"),
+        (["--test_shots", "1,²"], r"--test_shots is '1,²'; it takes numbers such as 1,5"),
+        (["--experiment_name", ""], r"--experiment_name is ''; it takes text that can stand in"),
+        (["--dataset_name", "a\nb"], r"--dataset_name is 'a\\nb'; it takes text that can stand in"),
+        (["--learner", "HEAD", "--head", "Rigde"], r"--head is 'Rigde'; it is one of ProtoNet"),
         (["--meta_learning_rate", "nan"], r"--meta_learning_rate is nan; it must be a number from 0 up"),
         (["--image_channels", "2"], r"--image_channels is 2"),
         (["--num_evaluation_tasks", "1"], r"is 1; it must be at least 2 \(.*one task has no confidence interval"),
@@ -82,6 +91,13 @@ def test_more_evaluation_steps_than_learned_values_is_a_contradiction(option: st
         ('{"batch_size": true}', r"--batch_size is True; it takes a whole number"),
         ('{"total_epochs": 1e400}', r"--total_epochs is inf; it takes a whole number"),
         ('{"seed": null}', r"--seed needs a value"),
+        ("[" * 100_000, r"options.json is not JSON: it is nested too deeply"),
+        ('{"batch_size": 1%s}' % ("0" * 400), r"--batch_size is 10{30}.*; it takes a whole number"),
+        ('{"experiment_name": "a\\u0000b"}', r"--experiment_name is 'a.x00b'; it takes text that can stand in"),
+        (
+            '{"experiment_name": "\\ud800"}',
+            r"--experiment_name is '.ud800'; it takes text that can stand in",
+        ),
     ],
 )
 def test_bad_json_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -89,6 +105,22 @@ def test_bad_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         parse_args(["--name_of_args_json_file", str(file)])
+
+
+def test_of_an_option_that_json_sets_twice_the_last_value_counts_but_for_the_command_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the official programs, whose files may hold such pairs; eps is another name of label_smoothing."""
+    file = tmp_path / "options.json"
+    file.write_text('{"head": "Ridge", "label_smoothing": 0.1, "eps": 0.2, "seed": 1, "seed": 2}')
+    words = ["--name_of_args_json_file", str(file)]
+    options = parse_args(words)
+    assert (options.label_smoothing, options.seed) == (0.2, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "'label_smoothing' is set twice, to 0.1 and to 0.2; the latter counts",
+        "'seed' is set twice, to 1 and to 2; the latter counts",
+    ]
+    assert parse_args([*words, "--label_smoothing", "0.3"]).label_smoothing == 0.3
 
 
 def test_missing_json_file_is_named(tmp_path: Path) -> None:
@@ -167,6 +199,7 @@ def test_an_option_that_an_older_checkpoint_does_not_know_counts_as_its_default(
     assert not differences(before, Options(), "resume")
     assert [one.name for one in differences(before, Options(max_pooling=False), "resume")] == ["max_pooling"]
     assert not differences(before | {"dataset_name": "mini-ImageNet"}, Options(), "resume")
+    assert [one.name for one in differences(before | {"dataset_name": 3}, Options(), "resume")] == ["dataset_name"]
 
 
 def test_a_flag_alone_means_true() -> None:

@@ -32,7 +32,12 @@ def test_only_the_main_process_writes(capsys: pytest.CaptureFixture[str], monkey
 
 @pytest.mark.parametrize(
     ("raised", "status", "printed"),
-    [(None, 0, ""), (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped here\n")],
+    [
+        (None, 0, ""),
+        (UserError("no data"), 2, "error: no data\n"),
+        (KeyboardInterrupt(), 130, "stopped here\n"),
+        (PermissionError(13, "Permission denied", "a/file"), 2, "error: a/file: Permission denied\n"),
+    ],
 )
 def test_a_program_ends_with_a_status_and_one_line(
     raised: BaseException | None, status: int, printed: str, capsys: pytest.CaptureFixture[str]
@@ -48,6 +53,14 @@ def test_a_program_ends_with_a_status_and_one_line(
 def test_preparing_data_sets_does_not_wait_for_torch() -> None:
     command = [sys.executable, "-c", "import sys, preprocess.preprocess; sys.exit('torch' in sys.modules)"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_program_prints_names_of_files_that_are_not_unicode() -> None:
+    lines = r"from utils import entry; entry.run(lambda: print('caf\udce9'))"
+    run = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, env={"PYTHONIOENCODING": "utf-8"}
+    )
+    assert (run.stdout, run.stderr) == (b"caf\\udce9\n", b"")
 
 
 def test_a_program_whose_reader_has_ended_ends_without_a_word() -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,15 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
     [
         ("logs/summary_statistics.csv", "epoch,iterations\n1,2\n"),
         ("logs/summary_statistics.csv", CSV_HEADER + "\n1,500,1.2\n"),
+        ("logs/summary_statistics.csv", "x" * 200_000),
         ("logs/options.json", '{"test_way": 5'),
         ("logs/options.json", "[5]"),
         ("logs/options.json", "{}"),
+        ("logs/options.json", "[" * 100_000),
         ("logs/test_summary.json", '[{"dataset": "glyphs"'),
         ("logs/test_summary.json", '[{"dataset": "glyphs"}]'),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"dataset": [1]}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"accuracy": None}])),
         ("logs/diagnostics.jsonl", '{"epoch": 1}\n{"epoch":'),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,1\n"),
         ("visual_outputs/sample_episode_glyphs.npz", "PK\x03\x04 cut short"),

@@ -129,6 +129,8 @@ def test_a_seed_that_was_run_twice_has_two_lines(run: Callable[..., Path], tmp_p
         ("options.json", None),
         ("options.json", "{"),
         ("options.json", '{"no_option": 1}'),
+        ("options.json", "null"),
+        ("summary_statistics.csv", "x" * 200_000),
         ("summary_statistics.csv", None),
         ("summary_statistics.csv", "epoch\n"),
         ("test_summary.json", "[{}]"),

@@ -5,9 +5,9 @@ Models that `utils.export` has written to a folder are read here too: as the sta
 
 import hashlib
 import io
-import json
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.files import parsed_json, replace_file
 
 # Files of an exported model; what OPTIONS holds beside the options is in `utils.export.describe`.
 WEIGHTS, OPTIONS = "model.safetensors", "options.json"
+
+
+PARTS = ("network", "embedding", "head")  # of a checkpoint, those that hold weights
 
 
 class DamagedCheckpoint(UserError):
@@ -56,7 +59,58 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path} holds neither a 'network' nor an 'embedding', so it is no checkpoint of this program"
         )
+    check_contents(state, path)
     return state
+
+
+def check_contents(state: Mapping[str, Any], path: Path) -> None:
+    """Raise DamagedCheckpoint if a part of a checkpoint is not what a training writes; foreign parts may be anything.
+
+    What may stand in the options, and whether weights fit the model, is found out later.
+    """
+    wrong = [name for name, fits in PARTS_OF_STATE.items() if name in state and not fits(state[name])]
+    if wrong:
+        raise DamagedCheckpoint(
+            f"{path} is damaged or not a checkpoint: its {wrong[0]!r} is not what a training writes"
+        )
+
+
+def _is_named(part: Any, *names: str) -> bool:
+    return isinstance(part, dict) and all(isinstance(name, str) for name in part) and {*names} <= part.keys()
+
+
+def _are_weights(part: Any) -> bool:
+    return _is_named(part) and all(isinstance(tensor, Tensor) for tensor in part.values())
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _are_statistics(pair: Any) -> bool:
+    """Return whether it is mean and deviation of each channel, or None."""
+    rows = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(row, tuple) for row in pair)
+    if pair is None or not rows:
+        return pair is None
+    values = [*pair[0], *pair[1]]
+    return len(pair[0]) == len(pair[1]) in (1, 3) and _are_numbers(values) and all(map(math.isfinite, values))
+
+
+def _is_history(rows: Any) -> bool:
+    return isinstance(rows, list) and all(_is_named(row, "epoch", "val_accuracy") for row in rows)
+
+
+PLAIN = str | int | float | None  # what options are
+PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(PARTS, _are_weights),
+    "options": lambda part: _is_named(part) and all(isinstance(value, PLAIN) for value in part.values()),
+    "normalization": _are_statistics,
+    "history": _is_history,
+    "sums": lambda part: _is_named(part) and _are_numbers(part.values()),
+    "optimizer": lambda part: _is_named(part, "state", "param_groups"),
+    "iterations_done": lambda number: isinstance(number, int) and number >= 0,
+    "form": lambda part: part is None or _is_named(part, "tasks_per_pass", "captured"),
+}
 
 
 def numpy_scalars() -> list[Any]:
@@ -68,8 +122,6 @@ def numpy_scalars() -> list[Any]:
 
 
 # --- exported models ------------------------------------------------------------------------------------------------
-
-PARTS = ("network", "embedding", "head")  # of a checkpoint, those that hold weights
 
 
 def to_safetensors(state: Mapping[str, Any]) -> bytes:
@@ -91,7 +143,7 @@ def load_exported(folder: Path) -> dict[str, Any]:
         cure = "name one of its checkpoints: saved_models/best, for example" if trained else "utils.export makes them"
         raise UserError(f"the folder {folder} holds no exported model; {cure}")
     try:
-        described, data = json.loads((folder / OPTIONS).read_text()), (folder / WEIGHTS).read_bytes()
+        described, data = parsed_json((folder / OPTIONS).read_bytes()), (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(data).hexdigest() != described["weights_sha256"]:
             raise ValueError(f"{WEIGHTS} is not the file that {OPTIONS} was written with")
         weights, normalization = safetensors.torch.load(data), described["normalization"]
@@ -105,7 +157,9 @@ def load_exported(folder: Path) -> dict[str, Any]:
             f"the model in {folder} is damaged, or not one that utils.export wrote ({type(error).__name__}: {error}); "
             "get or export it again"
         ) from error
-    return state | by_part(weights)
+    whole = state | by_part(weights)
+    check_contents(whole, folder)
+    return whole
 
 
 def by_part(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -163,11 +163,11 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="EXPERIMENT", help="folders of runs")
     parser.add_argument("--to", type=Path, default=Path("comparison.html"), help="the page; the picture lies beside it")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.to.suffix != ".html":
         raise UserError(f"--to is {arguments.to}; it takes the name of a page, such as comparison.html")
     runs = read_runs(arguments.folders)

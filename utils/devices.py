@@ -66,7 +66,7 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def gpu_ids(gpu: str) -> list[int]:
     """Return the ids in "0,1"; raises UserError for one that this machine does not have."""
     ids, count = [part.strip() for part in gpu.split(",")], torch.cuda.device_count()
-    if missing := [i for i in ids if not i.isdigit() or int(i) >= count]:
+    if missing := [i for i in ids if i not in map(str, range(count))]:
         there = f"it has GPU {', '.join(map(str, range(count)))}" if count else "PyTorch sees no GPU on it"
         if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
             there += f" (CUDA_VISIBLE_DEVICES={visible} hides others and counts these from 0)"

@@ -1,5 +1,6 @@
 """How every program of this project ends: what a user can mend is one line on stderr, not a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from utils.errors import UserError
 def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Call `main` and return the exit status.
 
-    It is 0, 2 after a UserError, 130 after Ctrl-C, which prints `interrupted`, and 141, without a word, where whatever
-    reads the output has ended, as `| head` does.
+    It is 0, 2 after a UserError and where the system refuses a file, 130 after Ctrl-C, which prints `interrupted`, and
+    141, without a word, where whatever reads the output has ended, as `| head` does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be Unicode
     try:
         main()
     except UserError as error:
@@ -24,4 +27,9 @@ def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0

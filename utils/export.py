@@ -27,7 +27,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from utils import checkpoints, entry, published
 from utils.checkpoints import OPTIONS, PARTS, WEIGHTS
 from utils.errors import UserError
-from utils.files import replace_file, write_text
+from utils.files import parsed_json, replace_file, write_text
 from utils.options import Options, all_defaults
 from utils.progress import set_up_logging
 from utils.results import methods_of
@@ -75,7 +75,7 @@ def check_place(out: Path) -> None:
         return
     cure = "move it away or choose another folder"
     try:
-        described = json.loads((out / OPTIONS).read_text())
+        described = parsed_json((out / OPTIONS).read_bytes())
         card, weights = described["card_sha256"], described["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out} is there and is no export of this program; {cure}") from error
@@ -117,7 +117,7 @@ def results_of(experiment: Path, state: Mapping[str, Any]) -> list[dict[str, Any
         log.warning("the experiment was not meta-tested, and the card says so; test it first to hand on its accuracy")
         return []
     try:
-        rows = json.loads(file.read_text())
+        rows = parsed_json(file.read_bytes())
         epoch = f"epoch_{state['history'][-1]['epoch']}"
         single = [row for row in rows if not row["model"].startswith("top-")]
         own = [row for row in single if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,10 +48,21 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
+def parsed_json(text: bytes, **options: Any) -> Any:
+    """Return what JSON text says; `options` as of `json.loads`.
+
+    Raises ValueError where it is no JSON, not Unicode or nested too deeply.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file (UTF-8)."""
+    """Replace a small text file (UTF-8; names of files need not be Unicode, what is not becomes an escape)."""
     with replace_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

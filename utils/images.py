@@ -129,6 +129,8 @@ def plain_image(image: Image.Image, channels: int = 3) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # Pillow makes RGB of it, but no grey
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 

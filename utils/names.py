@@ -1,5 +1,6 @@
 """Forgiving data-set names: CIFAR-FS, CIFAR_FS and cifar_fs are one data set, everywhere; safe names of files."""
 
+import os
 import unicodedata
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -80,10 +81,18 @@ def missing_dataset(dataset_dir: Path, name: str) -> UserError:
     )
 
 
+def can_name_a_file(text: str) -> bool:
+    """Return whether it is some text that a path may hold: nothing that a terminal obeys, all known to the system."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a pair that stands for one character
+        return False
+    return bool(text.strip()) and all(unicodedata.category(character) != "Cc" for character in text)
+
+
 def is_plain(name: str) -> bool:
-    """Return whether a folder or file may be called so: no way out, not hidden, nothing that a terminal obeys."""
-    controls = any(unicodedata.category(character) == "Cc" for character in name)
-    return bool(name) and not name.startswith(".") and not controls and not set(name) & set("/\\")
+    """Return whether a folder or file may be called so: no way out and not hidden."""
+    return can_name_a_file(name) and not name.startswith(".") and not set(name) & set("/\\")
 
 
 def leads_out(path: str) -> bool:

@@ -91,13 +91,13 @@ def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     given = without_prefix(weights)
     first, linear = (given.get(f"classifier.layer_dict.{n}") for n in ("conv0.conv.weight", "linear.weights"))
-    if first is None or linear is None:
+    if first is None or linear is None or (first.dim(), linear.dim()) != (4, 2) or not len(first):
         raise UserError("these are not the weights of an official 4-conv network; say how it was trained with --config")
     side = round((linear.shape[1] / len(first)) ** 0.5)
     if side not in PIXELS_OF_MAP:
         raise UserError(f"a last map of {side}x{side} does not show the size of the images; say it with --config")
     layer = "classifier.layer_dict.conv0.norm_layer"
-    norm = given.get(f"{layer}.running_mean", given[f"{layer}.weight"])
+    norm = given.get(f"{layer}.running_mean", given.get(f"{layer}.weight", first))
     found: dict[str, Any] = {
         "num_classes_per_set": len(linear),
         "image_channels": first.shape[1],

@@ -7,23 +7,30 @@ them.
 """
 
 import argparse
+import codecs
 import dataclasses
 import difflib
 import importlib
-import json
 import logging
+import re
+import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
 from utils import metaoptnet
 from utils.errors import UserError
-from utils.names import canonical_name, same_dataset
+from utils.files import parsed_json
+from utils.names import can_name_a_file, canonical_name, same_dataset
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxlong = _brief.maxother = 80
+brief = _brief.repr  # how messages show a user's value: what is long loses its middle
 
 # Modules that declare options, rules, heads, networks and trackers; they are imported when options are first used.
 PLUGINS = ("inner_loop_optimizers", "classification_heads", "meta_neural_network_architectures", "utils.trackers")
@@ -67,6 +74,10 @@ GRADIENT: Condition = {"learner": "gradient"}
 HEAD: Condition = {"learner": "head"}
 RESNET: Condition = {"backbone": "ResNet-12"}
 SEED = {"at_least": 0, "at_most": 2**32 - 1}
+SIDE = {"at_least": 1, "at_most": 4096}
+WAY = {"at_least": 2, "at_most": 10_000}
+FEW = {"at_least": 1, "at_most": 1000}
+MOST = 10**9  # of anything that is counted, where nothing else is declared
 
 
 @dataclasses.dataclass
@@ -87,8 +98,8 @@ class Options:
     # --- data -------------------------------------------------------------------------------------------------
     dataset_name: str = opt("mini_imagenet", "data set to train on: a folder under dataset_dir, or a built-in one")
     dataset_dir: str = free("datasets", "folder that holds the data sets")
-    image_height: int = opt(84, "pixels; images are resized to it", at_least=1)
-    image_width: int = opt(84, "pixels; images are resized to it", at_least=1)
+    image_height: int = opt(84, "pixels; images are resized to it", **SIDE)
+    image_width: int = opt(84, "pixels; images are resized to it", **SIDE)
     image_channels: int = opt(3, "3 = RGB, 1 = grey", choices=(1, 3))
     normalization: str = opt(
         "unit",
@@ -102,10 +113,10 @@ class Options:
     num_dataprovider_workers: int | None = free(None, "processes to decode images; default: all cores", at_least=1)
 
     # --- tasks ------------------------------------------------------------------------------------------------
-    num_classes_per_set: int = opt(5, "way: classes in a task", at_least=1, test="warn")
+    num_classes_per_set: int = opt(5, "way: classes in a task", **WAY, test="warn")
     num_samples_per_class: int = opt(1, "shot: support images per class", at_least=1, test="warn")
     num_target_samples: int = fixed(15, "query: query images per class", at_least=1, dry_run=1)
-    test_way: int | None = fixed(None, "way in validation and test, with a head; default: as in training", at_least=1)
+    test_way: int | None = fixed(None, "way in validation and test, with a head; default: as in training", **WAY)
     val_shot: int | None = fixed(None, "shot in validation and test; default: as in training", at_least=1)
     val_query: int | None = fixed(None, "query in validation and test; default: as in training", at_least=1, dry_run=1)
     test_shots: str | None = free(None, "shots to meta-test with, such as 1,5; default: that of validation")
@@ -138,8 +149,8 @@ class Options:
         choices=("training", "official"),
         only=HEAD | RESNET,
     )
-    cnn_num_filters: int = opt(48, "filters of every convolution", at_least=1, only=GRADIENT, dry_run=4)
-    num_stages: int = opt(4, "convolution blocks", at_least=1, only=GRADIENT)
+    cnn_num_filters: int = opt(48, "filters of every convolution", at_least=1, at_most=4096, only=GRADIENT, dry_run=4)
+    num_stages: int = opt(4, "convolution blocks", **FEW, only=GRADIENT)
     conv_padding: bool = opt(True, "pad convolutions by one pixel", only=GRADIENT)
     max_pooling: bool = opt(True, "2x2 max-pooling; off: stride 2 and a global average pool", only=GRADIENT)
     use_bias: bool | None = opt(None, "4-CONV: biases; default: as official, on with ALFA and L2F", only=GRADIENT)
@@ -157,11 +168,9 @@ class Options:
 
     # --- inner loop -------------------------------------------------------------------------------------------
     number_of_training_steps_per_iter: int = opt(
-        5, "inner steps in training", at_least=1, only=GRADIENT, test="warn", dry_run=2
+        5, "inner steps in training", **FEW, only=GRADIENT, test="warn", dry_run=2
     )
-    number_of_evaluation_steps_per_iter: int = fixed(
-        5, "inner steps in evaluation", at_least=1, only=GRADIENT, dry_run=2
-    )
+    number_of_evaluation_steps_per_iter: int = fixed(5, "inner steps in evaluation", **FEW, only=GRADIENT, dry_run=2)
     init_inner_loop_learning_rate: float = opt(
         0.01, "inner learning rate (initial value where it is learned)", at_least=0, only=GRADIENT, test="warn"
     )
@@ -214,7 +223,7 @@ class Options:
     save_path: str | None = free(None, "folder of results instead; its checkpoints lie directly in it")
     seed: int = fixed(104, "seed of the initial weights", **SEED)
     num_seeds: int = free(
-        1, "runs from seed and train_seed up, one after the other, in NAME/seed_1, …; then mean and spread", at_least=1
+        1, "runs from seed and train_seed up, one after the other, in NAME/seed_1, …; then mean and spread", **FEW
     )
     total_epochs: int = free(100, "epochs; each ends with a validation and a checkpoint", at_least=1, dry_run=2)
     total_iter_per_epoch: int = fixed(500, "training iterations in an epoch", at_least=1, dry_run=1)
@@ -257,9 +266,10 @@ class Options:
         """
         values = {ALIASES.get(name, name): value for name, value in values.items()}
         check_names(values, all_defaults(), f"{origin}: ")
+        values = converted(values)
         if values.get("learner") == "head":
-            values = metaoptnet.defaults(values) | dict(values)
-        options = cls(**converted(values))
+            values = metaoptnet.defaults(values) | values
+        options = cls(**values)
         if saved:
             return changed(options, {})
         options.validate()
@@ -409,11 +419,15 @@ def _declared(options: Options) -> Iterator[str]:
         if declared.choices and value not in (among := allowed(declared, options)):
             keys = {key: None for any_of in declared.choices.values() for only in any_of for key in only}
             where = "with " + " ".join(f"--{key} {getattr(options, key)}" for key in keys) + " " if keys else ""
-            yield f"--{name} is {value!r}; {where}it is one of {', '.join(map(str, among))}"
-        low, high = declared.at_least, declared.at_most
-        if low is not None and not low <= value <= (high or sys.float_info.max):
+            yield f"--{name} is {brief(value)}; {where}it is one of {', '.join(map(str, among))}"
+        if isinstance(value, str) and not can_name_a_file(value):
+            yield f"--{name} is {brief(value)}; it takes text that can stand in the name of a file"
+        low, most = declared.at_least, declared.at_most
+        high = most or (sys.float_info.max if isinstance(value, float) else MOST)
+        if low is not None and not low <= value <= high:
             bounds = f"a number from {low:g} up" if isinstance(value, float) else f"at least {low:g}"
-            yield f"--{name} is {value}; it must be {f'from {low} to {high}' if high else bounds} ({declared.meaning})"
+            bounds = f"from {low} to {high}" if most or (isinstance(value, int) and value > high) else bounds
+            yield f"--{name} is {brief(value)}; it must be {bounds} ({declared.meaning})"
         if value != usual and (key := unmet(declared.only, options)):
             wanted = declared.only[key]
             words = " or ".join(map(str, wanted if isinstance(wanted, tuple) else [wanted])).replace("True", "true")
@@ -425,13 +439,13 @@ def _contradictions(options: Options) -> Iterator[str]:
     """Yield the contradictions among options of training in general."""
     names = [canonical_name(name) for name in options.test_dataset_list]
     if "" in names or len(set(names)) < len(names):
-        yield f"--test_datasets is {options.test_datasets!r}; it takes different names such as CUB,glyphs"
+        yield f"--test_datasets is {brief(options.test_datasets)}; it takes different names such as CUB,glyphs"
     if not _are_counts((options.test_shots or "1").split(",")):
-        yield f"--test_shots is {options.test_shots!r}; it takes numbers such as 1,5"
+        yield f"--test_shots is {brief(options.test_shots)}; it takes numbers such as 1,5"
     if (top := options.top_n_models) > (kept := options.max_models_to_save):
         yield f"--top_n_models {top} needs more checkpoints than --max_models_to_save {kept} keeps; lower the former"
     if options.continue_from_epoch not in ("latest", "from_scratch") and not options.continue_from_epoch.isdecimal():
-        yield f"--continue_from_epoch is {options.continue_from_epoch!r}: latest, from_scratch or a number"
+        yield f"--continue_from_epoch is {brief(options.continue_from_epoch)}: latest, from_scratch or a number"
     if (least := options.min_learning_rate) > (most := options.meta_learning_rate):
         yield f"--min_learning_rate {least:g} is above --meta_learning_rate {most:g}, from which the schedule goes down"
     channels, statistics = options.image_channels, metaoptnet.published_statistics(options.dataset_name) or [()]
@@ -441,7 +455,7 @@ def _contradictions(options: Options) -> Iterator[str]:
     widths, four = options.resnet_widths.split("-"), options.learner == "head"
     if not _are_counts(widths) or (four and len(widths) != 4):
         count = "four numbers" if four else "numbers"
-        yield f"--resnet_widths is {options.resnet_widths!r}; it takes {count} such as 64-128-256-512"
+        yield f"--resnet_widths is {brief(options.resnet_widths)}; it takes {count} such as 64-128-256-512"
     if options.per_step_bn_statistics and options.batch_norm == "running":
         yield "--batch_norm running cannot use --per_step_bn_statistics, a set per step; choose --batch_norm per_step"
     if options.batch_norm == "per_step" and not options.per_step_bn_statistics:
@@ -449,7 +463,8 @@ def _contradictions(options: Options) -> Iterator[str]:
 
 
 def _are_counts(words: Sequence[str]) -> bool:
-    return all(word.isdecimal() and int(word) for word in words)
+    """Return whether all are numbers from 1 to 9999."""
+    return all(re.fullmatch(r"[0-9]{1,4}", word) and int(word) for word in words)
 
 
 @add_check
@@ -465,8 +480,6 @@ def _contradictions_of_heads(options: Options) -> Iterator[str]:
         yield f"--learner head needs a --head: {', '.join(declaration('head').choices)}"
     if heads and options.lr_schedule is None:
         yield f"--learner head needs an --lr_schedule: {' or '.join(allowed(declaration('lr_schedule'), options))}"
-    if options.head and min(way, options.evaluation_task[0]) < 2:
-        yield "a --head needs at least 2 ways"
     if options.head is None and options.test_way not in (None, way):
         other = f"it cannot be tested with {options.test_way}; a head can: --head Ridge, for example"
         yield f"the network classifies {way} ways with a linear layer, so {other}"
@@ -498,7 +511,7 @@ def differences(before: Mapping[str, Any], now: Options, purpose: Literal["resum
     found = []
     for name, value in dataclasses.asdict(now).items():
         policy: Policy = getattr(declaration(name), purpose)
-        same = before[name] == value or (name == "dataset_name" and same_dataset(before[name], value))
+        same = before[name] == value or (name == "dataset_name" and same_dataset(str(before[name]), value))
         if not same and policy != "ignore" and not unmet(declaration(name).only, now):
             found.append(Difference(name, before[name], value, policy))
     return found
@@ -542,9 +555,16 @@ def command_line_parser() -> argparse.ArgumentParser:
     return parser_of({name: name for name in defaults} | ALIASES, defaults)
 
 
+class _Parser(argparse.ArgumentParser):
+    """This parser leaves it to the entry to say what is wrong, without a hundred lines of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all)")
+
+
 def parser_of(flags: Mapping[str, str], defaults: Mapping[str, Any], description: str = "") -> argparse.ArgumentParser:
     """Return a parser of the options that `flags` names (flag -> option); `defaults` are those that its help shows."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=f"{description}\nOptions take a value; booleans are true or false, and true without a value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -572,21 +592,32 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[s
     if rest:
         words = [word.split("=")[0] for word in rest if word.startswith("--")]
         check_names(words, [word for action in parser._actions for word in action.option_strings], "")
-        raise UserError(f"'{rest[0]}' belongs to no option (--help lists all)")
+        raise UserError(f"{brief(rest[0])} belongs to no option (--help lists all)")
     return vars(values)
+
+
+def by_own_names(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object by the options' own names, with a warning of those that are set twice."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        own = ALIASES.get(name, name)
+        if own in values and values[own] != value:
+            log.warning("'%s' is set twice, to %s and to %s; the latter counts", own, brief(values[own]), brief(value))
+        values[own] = value
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the options in a JSON file; raises UserError naming the file and what is wrong with it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parsed_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), object_pairs_hook=by_own_names)
     except OSError as error:
         raise UserError(f"cannot read the options file {path}: {error.strerror}") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold one JSON object of option names and values")
-    check_names(values, [*all_defaults(), *ALIASES, *DEAD_KEYS], f"{path}: ")
+    check_names(values, [*all_defaults(), *DEAD_KEYS], f"{path}: ")
     for name in values.keys() & DEAD_KEYS.keys():
         log.warning("%s: '%s' has no effect: %s", path, name, DEAD_KEYS[name])
     return {name: value for name, value in values.items() if name not in DEAD_KEYS}
@@ -617,7 +648,9 @@ def check_names(names: Iterable[str], known: Collection[str], origin: str) -> No
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            problems.append(f"there is no option '{name}'" + "".join(f"; did you mean '{near}'?" for near in nearest))
+            problems.append(
+                f"there is no option {brief(name)}" + "".join(f"; did you mean '{near}'?" for near in nearest)
+            )
     if problems:
         raise UserError(f"{origin}{'; '.join(problems)} (--help lists all)")
 
@@ -646,8 +679,8 @@ def _convert(field: "dataclasses.Field[Any]", value: Any) -> Any:
         if isinstance(value, (bool, list, dict)) or (kind is int and float(value) % 1):  # of inf it is nan, so true
             raise ValueError(value)
         converted = kind(value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--{field.name} is {value!r}; it takes {_EXPECTED[kind]}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"--{field.name} is {brief(value)}; it takes {_EXPECTED[kind]}") from error
     spelt = {_folded(choice): choice for choice in declared.choices}
     spelt |= {_folded(alias): choice for alias, choice in declared.aliases.items()}
     return spelt.get(_folded(converted), converted)

@@ -1,7 +1,6 @@
 """What a run has left in its folder, read for the report, the comparison of runs and the trackers."""
 
 import csv
-import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import parsed_json
 from utils.names import canonical_name
 
 Parsed = TypeVar("Parsed")
@@ -62,6 +62,13 @@ class Setup(NamedTuple):
     def method(self) -> str:
         """Return the name of the experiment; of a seed among several, of all of them."""
         return re.sub(r"/seed_\d+$", "", self.experiment_name) if self.num_seeds > 1 else self.experiment_name
+
+
+RESULT_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("dataset", "trained_on", "model", "split", "batch_norm"), str),
+    **dict.fromkeys(("way", "shot", "query", "episodes"), int),
+    **dict.fromkeys(("accuracy", "ci95_per_episode", "ci95_per_query"), int | float),
+}
 
 
 class Result(NamedTuple):
@@ -137,7 +144,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_options(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()).items())
+    return dict(parsed_json(path.read_bytes()).items())
 
 
 def read_setup(folder: Path) -> Setup | None:
@@ -162,16 +169,19 @@ def _epoch(row: Mapping[str, str]) -> Epoch:
 def read_diagnostics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of logs/diagnostics.jsonl, none of an older run; raises UserError if the file is damaged."""
     path = folder / "logs" / "diagnostics.jsonl"
-    return _parsed(path, lambda path: [dict(json.loads(line)) for line in path.read_text().splitlines()]) or []
+    return _parsed(path, lambda path: [dict(parsed_json(line)) for line in path.read_bytes().splitlines()]) or []
 
 
 def read_results(folder: Path) -> list[Result]:
     """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
     path = folder / "logs" / "test_summary.json"
-    return _parsed(path, lambda path: [_result(entry) for entry in json.loads(path.read_text())]) or []
+    return _parsed(path, lambda path: [_result(entry) for entry in parsed_json(path.read_bytes())]) or []
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
+    for name, kind in RESULT_KINDS.items():
+        if not isinstance(entry[name], kind):
+            raise TypeError(f"{name} is {entry[name]!r}")
     method = f"{entry['head']} head" if entry.get("head") else f"{entry['steps']} inner steps"
     protocol = (
         f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
@@ -221,7 +231,7 @@ def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
         return None
     try:
         return parse(path)
-    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile, csv.Error) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
         ) from error

@@ -27,7 +27,7 @@ from meta_test import identity
 from utils import entry, published
 from utils.environment import read_environments
 from utils.errors import UserError
-from utils.files import write_csv, write_text
+from utils.files import parsed_json, write_csv, write_text
 from utils.options import Options, declaration
 from utils.progress import set_up_logging
 from utils.published import MARKS, SCRIPTS, Published
@@ -134,17 +134,17 @@ def _read(logs: Path) -> list[Tested]:
         return list(_tests(logs))
     except FileNotFoundError as error:
         log.warning("%s is left out: there is no %s", logs.parent, error.filename)
-    except (UserError, LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
         log.warning("%s is left out: %s", logs.parent, error if isinstance(error, UserError) else repr(error))
     return []
 
 
 def _tests(logs: Path) -> Iterator[Tested]:
-    saved = json.loads((logs / "options.json").read_text())
+    saved = parsed_json((logs / "options.json").read_bytes())
     options, training = Options.from_mapping(saved, str(logs / "options.json"), saved=True), _training(logs)
     values = dataclasses.asdict(options)
     of_run = {n: v for n, v in values.items() if n not in SEEDS and declaration(n).resume != "ignore"}
-    summary = json.loads((logs / "test_summary.json").read_text())
+    summary = parsed_json((logs / "test_summary.json").read_bytes())
     by_protocol: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in sorted(summary, key=lambda result: result["model"] != "single best"):
         by_protocol.setdefault(identity({**result, "model": ""}), []).append(result)
