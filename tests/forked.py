@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,18 +47,26 @@ class Command:
 
     def wait(self, seconds: float = 120.0) -> int:
         """Return the exit status; raises TimeoutError, after having killed it, where it does not end in time."""
-        if not until(lambda: self.status() is not None, seconds):
+        if not self.ends_within(seconds):
             self.kill()
             raise TimeoutError(f"a command did not end within {seconds} s:\n{self.printed()}")
         status = self.status()
         assert status is not None
         return status
 
+    def ends_within(self, seconds: float) -> bool:
+        """Return whether it ends in time."""
+        return until(lambda: self.status() is not None, seconds)
+
+    def halts(self) -> bool:
+        """Wait until it has stopped itself by `halt`, and return whether it has."""
+        return until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+
     def kill(self) -> None:
         """Kill it, if it runs, without a chance to clean up."""
         if self.status() is None:
             os.kill(self.pid, signal.SIGKILL)
-            until(lambda: self.status() is not None, 30)
+            self.ends_within(30)
 
     def printed(self) -> str:
         return self.output.read_text(errors="replace")
@@ -79,7 +88,7 @@ def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Cal
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (1, 2):
             os.dup2(file, standard)
-        sys.stdout, sys.stderr = (open(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(ROOT)
         prepare()
@@ -101,7 +110,7 @@ def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Cal
 class Operations:
     """Counts what a process does to the files below a folder: opens, renames, removes, makes folders.
 
-    `watch` is for `Command`'s prepare. The count is in memory that the processes share.
+    `watch` is for `Command`'s prepare, `at` makes such. The count is in memory that the processes share.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,6 +120,10 @@ class Operations:
     @property
     def count(self) -> int:
         return int(struct.unpack("q", self._shared[:8])[0])
+
+    def at(self, number: int, act: Callable[[], None]) -> Callable[[], None]:
+        """Return what makes a command `act` just before its operation of that number."""
+        return partial(self.watch, number, act)
 
     def watch(self, number: int = 0, act: Callable[[], None] = nothing) -> None:
         """Count what this process does from now on; `act` just before the operation of that number, from 1."""
@@ -128,3 +141,8 @@ class Operations:
 def die() -> None:
     """Kill this process without a chance to clean up."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def halt() -> None:
+    """Stop this process until it gets a SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)

@@ -9,16 +9,22 @@ prints how many things it tried and how many of these ended as they should. The 
 """
 
 import argparse
+import os
+import platform
 import random
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from tests.forked import Command, Operations, die, until
-
-from tests.torture_lab import STAGES, Lab, contents, differences
+from tests.forked import Command, Operations, die, halt
+from tests.torture_lab import STAGES, Lab, Stage, contents, differences
 
 Problems = Iterator[str]  # one for each thing tried; "" where it ended as it should
 
@@ -33,32 +39,145 @@ def kills(lab: Lab) -> Problems:
         if number % 2 or stage.name == "checkpoint writing":
             moment = lab.rng.randint(1, whole.operations)
             what = f"{stage.name}, killed at file operation {moment} of {whole.operations}"
-            status = lab.start(stage, lambda: operations.watch(moment, die)).wait()
+            lab.start(stage, operations.at(moment, die)).wait()
         else:
             delay = lab.rng.uniform(0, whole.seconds)
             what = f"{stage.name}, killed after {delay:.3f} of {whole.seconds:.3f} s"
             command = lab.start(stage)
-            until(lambda: command.status() is not None, delay)
+            command.ends_within(delay)
             command.kill()
-            status = command.wait()
-        again = lab.start(stage)
-        if again.wait():
-            yield f"{what}: given again it printed {again.printed()}"
-        else:
-            yield differences(what, whole.contents, contents(lab.work))
+        yield given_again(lab, stage, what)
 
 
-SECTIONS: dict[str, Callable[[Lab], Problems]] = {section.__name__: section for section in (kills,)}
+def disks(lab: Lab) -> Problems:
+    """A disk that becomes full at any moment, or is read-only, is one line that names it; nothing is lost by it."""
+    whole = {stage: lab.whole(stage) for stage in STAGES}
+    with small_disk(lab.work):
+        for number in range(len(STAGES) if lab.short else 3 * len(STAGES)):
+            stage = STAGES[number % len(STAGES)]
+            lab.reset(stage)
+            before, operations = contents(lab.work), Operations(lab.work)
+            moment = lab.rng.randint(1, whole[stage].operations)
+            what = f"{stage.name}, disk full from file operation {moment} of {whole[stage].operations} on"
+            run = lab.start(stage, operations.at(moment, partial(fill, lab.work)))
+            problem = "" if run.wait() == 0 else not_one_line(run, lab.work)
+            lost = before.keys() - contents(lab.work).keys()  # damaged checkpoints and logs are errors of `contents`
+            (lab.work / FILLER).unlink(missing_ok=True)
+            if problem or lost:
+                yield f"{what}: {problem or f'lost {lost}'}"
+            else:
+                yield given_again(lab, stage, what)
+        for stage in STAGES[:: 3 if lab.short else 1]:
+            lab.reset(stage)
+            before = contents(lab.work)
+            with read_only(lab.work):
+                run = lab.start(stage, lambda: os.environ.update(XDG_CACHE_HOME=str(lab.folder / "own")))
+                status = run.wait()
+            problem = not_one_line(run, lab.work) if status != 0 else ""
+            if status == 0 and stage.name != "cache building":  # which takes the user's own folder then
+                problem = "nothing was said"
+            what = f"{stage.name} on a read-only disk"
+            yield f"{what}: {problem}" if problem else differences(what, before, contents(lab.work))
+
+
+def runs(lab: Lab) -> Problems:
+    """A second run in a folder is refused and told of the first; what may go on at once does."""
+    training = lab.stage("training")
+    whole = lab.whole(training)
+    for end in (signal.SIGCONT, signal.SIGKILL):
+        lab.reset(training)
+        operations, middle = Operations(lab.work), whole.operations // 2
+        first = lab.start(training, operations.at(middle, halt))
+        first.halts()
+        second = lab.start(training, name="second")
+        problem = not_one_line(second, lab.work) if second.wait() else "the second run was not refused"
+        if not problem and not re.search(
+            rf"process {first.pid} on {platform.node()}, since \d{{4}}-", second.printed()
+        ):
+            problem = f"the first run is not named: {second.printed()}"
+        os.kill(first.pid, end)
+        if end == signal.SIGCONT and first.wait():
+            problem = f"the first run was disturbed: {first.printed()}"
+        first.wait()
+        what = "two trainings in one folder" + (", the first killed" if end == signal.SIGKILL else "")
+        yield f"{what}: {problem}" if problem else given_again(lab, training, what)
+    for name in ("preprocessing", "cache building", "testing", "export", "results table"):
+        stage = lab.stage(name)
+        expected = lab.whole(stage).contents
+        lab.reset(stage)
+        both = [lab.start(stage, name=name) for name in ("first", "second")]
+        failed = [run.printed() for run in both if run.wait()]
+        what = f"{stage.name}, twice at once"
+        yield f"{what}: {failed[0]}" if failed else differences(what, expected, contents(lab.work))
+
+
+def given_again(lab: Lab, stage: Stage, what: str) -> str:
+    """Return what is wrong where a stage that was disturbed is not completed by the same command."""
+    again = lab.start(stage)
+    if again.wait():
+        return f"{what}: given again it printed {again.printed()}"
+    return differences(what, lab.whole(stage).contents, contents(lab.work))
+
+
+def not_one_line(run: Command, folder: Path) -> str:
+    """Return what is wrong with the end of a command that should say in one line what the cause is; "" if nothing."""
+    printed = run.printed()
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    is_plain = run.wait() == 2 and len(errors) == 1 and str(folder) in errors[0] and "Traceback" not in printed
+    return "" if is_plain else f"status {run.wait()}, {printed}"
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Put a real file system of 8 MiB in the place of a folder; raises Skipped where that is not permitted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        raise Skipped("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let nobody write to a small disk, root neither."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Take all room that is left on a disk."""
+    with suppress(OSError), (folder / FILLER).open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+class Skipped(Exception):
+    """A section cannot be tried on this machine; the text says why."""
+
+
+SECTIONS: dict[str, Callable[[Lab], Problems]] = {section.__name__: section for section in (kills, disks, runs)}
+FILLER = ".filler"
 
 
 def run(name: str, lab: Lab) -> list[str]:
     """Run a section, print its line and return what went wrong."""
     begun = time.monotonic()
-    found = list(SECTIONS[name](lab))
+    try:
+        found = list(SECTIONS[name](lab))
+    except Skipped as reason:
+        print(f"{name}: 0 tries, skipped: {reason}")
+        return []
     wrong = [problem for problem in found if problem]
     for problem in wrong:
         print(f"{name}: {problem}")
-    print(f"{name}: {len(found)} tries, {len(found) - len(wrong)} ok, {time.monotonic() - begun:.0f} seconds", flush=True)
+    print(
+        f"{name}: {len(found)} tries, {len(found) - len(wrong)} ok, {time.monotonic() - begun:.0f} seconds", flush=True
+    )
     return wrong
 
 

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import importlib
 import json
-
 import random
 import re
 import shutil
