@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import UserError
+from utils.files import parse_json
 
 Contents = dict[str, dict[str, int]]  # split -> class_name -> number of images
 SPLITS = ("train", "val", "test")
@@ -136,7 +137,7 @@ def _read_record(target: Path) -> tuple[Contents, str] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         made = content.pop(MADE, "")
         if not all(isinstance(images, int) for classes in content.values() for images in classes.values()):
             raise ValueError("its counts are no numbers")

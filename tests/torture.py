@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.forked import Command, Operations, die, halt
+from tests.torture_damage import Kind, harmful, kinds, spoilt, use
 from tests.torture_lab import STAGES, Lab, Stage, contents, differences
 
 Problems = Iterator[str]  # one for each thing tried; "" where it ended as it should
@@ -111,6 +112,26 @@ def runs(lab: Lab) -> Problems:
         yield f"{what}: {failed[0]}" if failed else differences(what, expected, contents(lab.work))
 
 
+def damage(lab: Lab) -> Problems:
+    """A file that is cut, flipped, of another kind or made to do harm is refused in one line, or made anew."""
+    for stage in STAGES:
+        lab.whole(stage)
+    lab.reset(lab.stage("export"))
+    if lab.start(lab.stage("export")).wait():
+        raise RuntimeError("no export")
+    for kind in kinds(lab.work):
+        expected, whole = kind.read(), kind.path.read_bytes()
+        for what, data in spoilt(whole, lab.rng, 3 if lab.short else 20):
+            kind.path.write_bytes(data)
+            problem = use(kind, expected, is_cut=what.startswith("cut"))
+            yield f"{kind.path.relative_to(lab.work)}, {what}: {problem}" if problem else ""
+        kind.path.write_bytes(whole)
+    for what, read in harmful(lab.work / "archives"):
+        problem = use(Kind(lab.work, read), None)
+        ran = "its code ran" * (lab.work / "archives" / "ran").exists()
+        yield f"{what}: {problem or ran}" if problem or ran else ""
+
+
 def given_again(lab: Lab, stage: Stage, what: str) -> str:
     """Return what is wrong where a stage that was disturbed is not completed by the same command."""
     again = lab.start(stage)
@@ -160,7 +181,7 @@ class Skipped(Exception):
     """A section cannot be tried on this machine; the text says why."""
 
 
-SECTIONS: dict[str, Callable[[Lab], Problems]] = {section.__name__: section for section in (kills, disks, runs)}
+SECTIONS: dict[str, Callable[[Lab], Problems]] = {section.__name__: section for section in (kills, disks, runs, damage)}
 FILLER = ".filler"
 
 

@@ -187,22 +187,22 @@ def differences(what: str, expected: dict[str, str], found: dict[str, str]) -> s
 def _content(path: Path) -> str:
     """Return the numbers, text or bytes of a file as text; raises UserError for a damaged checkpoint."""
     if path.parent.name == "saved_models":
-        return repr(_lasting(checkpoints.load(path)))
+        return repr(lasting(checkpoints.load(path)))
     if path.suffix == ".csv":
-        return repr(_lasting(list(csv.DictReader(path.read_text().splitlines()))))
+        return repr(lasting(list(csv.DictReader(path.read_text().splitlines()))))
     if path.suffix in (".json", ".jsonl"):
         texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        return repr([_lasting(json.loads(text)) for text in texts])
+        return repr([lasting(json.loads(text)) for text in texts])
     if path.suffix == ".html":
         return re.sub(r"in [\d.]+ (s|min)\b|base64,[^\"]*", "", path.read_text())  # the pictures are files, too
     return _digest(path.read_bytes())
 
 
-def _lasting(value: Any) -> Any:
+def lasting(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lasting(held) for key, held in value.items() if key not in PASSING}
+        return {key: lasting(held) for key, held in value.items() if key not in PASSING}
     if isinstance(value, list | tuple):
-        return [_lasting(held) for held in value]
+        return [lasting(held) for held in value]
     return (str(value.dtype), value.shape, _digest(value.numpy().tobytes())) if hasattr(value, "numpy") else value
 
 

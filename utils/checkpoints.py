@@ -5,9 +5,8 @@ Models that `utils.export` has written to a folder are read here too: as the sta
 
 import hashlib
 import io
-import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.files import parse_json, replace_file
 
 # Files of an exported model; what OPTIONS holds beside the options is in `utils.export.describe`.
 WEIGHTS, OPTIONS = "model.safetensors", "options.json"
@@ -46,8 +45,8 @@ def load(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in path.parent.glob("[!.]*"))) if path.parent.is_dir() else ""
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
     try:
-        if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):  # torch does not check the sums
-            raise ValueError(f"wrong checksum of {member}")
+        if zipfile.is_zipfile(path):
+            _check_zip(path)
         with torch.serialization.safe_globals(numpy_scalars()):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
@@ -56,7 +55,52 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(
             f"{path} holds neither a 'network' nor an 'embedding', so it is no checkpoint of this program"
         )
+    if strange := [name for name, is_right in HELD.items() if name in state and not is_right(state[name])]:
+        raise DamagedCheckpoint(f"{path} is damaged or not a checkpoint of this program: its {strange[0]!r} is none")
     return state
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError for a wrong checksum, which torch does not look at, and for members that unpack to more."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > path.stat().st_size:
+            raise ValueError("torch packs nothing")
+        if member := archive.testzip():
+            raise ValueError(f"wrong checksum of {member}")
+
+
+def _are_weights(held: Any) -> bool:
+    """Return whether these are tensors by their names, all of whose numbers are there."""
+    return isinstance(held, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+        for name, tensor in held.items()
+    )
+
+
+def _are_numbers(held: Any) -> bool:
+    return isinstance(held, Mapping) and all(isinstance(number, int | float) for number in held.values())
+
+
+def _are_epochs(held: Any) -> bool:
+    is_list = isinstance(held, list) and all(map(_are_numbers, held))
+    return is_list and all({"epoch", "val_accuracy"} <= epoch.keys() for epoch in held)
+
+
+# What a checkpoint may hold, and whether it is that; official programs keep other values beside it.
+HELD: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("network", "embedding", "head"), _are_weights),
+    "options": lambda held: isinstance(held, Mapping) and all(isinstance(name, str) for name in held),
+    "history": _are_epochs,
+    **dict.fromkeys(("sums", "images"), _are_numbers),
+    "iterations_done": lambda held: isinstance(held, int),
+    "optimizer": lambda held: isinstance(held, Mapping) and {"state", "param_groups"} <= held.keys(),
+    "normalization": lambda held: held is None or (isinstance(held, tuple) and [*map(type, held)] == [tuple, tuple]),
+    "form": lambda held: held is None or isinstance(held, Mapping),
+}
 
 
 def numpy_scalars() -> list[Any]:
@@ -91,7 +135,7 @@ def load_exported(folder: Path) -> dict[str, Any]:
         cure = "name one of its checkpoints: saved_models/best, for example" if trained else "utils.export makes them"
         raise UserError(f"the folder {folder} holds no exported model; {cure}")
     try:
-        described, data = json.loads((folder / OPTIONS).read_text()), (folder / WEIGHTS).read_bytes()
+        described, data = parse_json((folder / OPTIONS).read_text()), (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(data).hexdigest() != described["weights_sha256"]:
             raise ValueError(f"{WEIGHTS} is not the file that {OPTIONS} was written with")
         weights, normalization = safetensors.torch.load(data), described["normalization"]

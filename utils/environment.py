@@ -13,7 +13,7 @@ import torch
 from utils import distributed
 from utils.devices import peak_memory_gib
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import parse_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def commit() -> str:
 def read_environments(file: Path) -> list[dict[str, Any]]:
     """Return what `record_environment` wrote, nothing where there is no file; raises UserError if it is damaged."""
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+        entries: list[dict[str, Any]] = parse_json(file.read_text()) if file.exists() else []
         if not all(isinstance(entry["peak_memory_gib"], float) for entry in entries):
             raise ValueError("an entry without peak_memory_gib")
     except (KeyError, TypeError, ValueError) as error:

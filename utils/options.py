@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from utils import metaoptnet
 from utils.errors import UserError
+from utils.files import parse_json
 from utils.names import canonical_name, same_dataset
 
 log = logging.getLogger(__name__)
@@ -565,7 +565,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[s
 def read_json(path: Path) -> dict[str, Any]:
     """Return the options in a JSON file; raises UserError naming the file and what is wrong with it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the options file {path}: {error.strerror}") from error
     except ValueError as error:  # not JSON, or not UTF-8

@@ -27,10 +27,11 @@ from meta_test import identity
 from utils import entry, published
 from utils.environment import read_environments
 from utils.errors import UserError
-from utils.files import write_csv, write_text
+from utils.files import parse_json, write_csv, write_text
 from utils.options import Options, declaration
 from utils.progress import set_up_logging
 from utils.published import MARKS, SCRIPTS, Published
+from utils.records import whole_lines
 from utils.scores import is_ensemble
 
 log = logging.getLogger(__name__)
@@ -134,17 +135,17 @@ def _read(logs: Path) -> list[Tested]:
         return list(_tests(logs))
     except FileNotFoundError as error:
         log.warning("%s is left out: there is no %s", logs.parent, error.filename)
-    except (UserError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever they hold
         log.warning("%s is left out: %s", logs.parent, error if isinstance(error, UserError) else repr(error))
     return []
 
 
 def _tests(logs: Path) -> Iterator[Tested]:
-    saved = json.loads((logs / "options.json").read_text())
+    saved = parse_json((logs / "options.json").read_text())
     options, training = Options.from_mapping(saved, str(logs / "options.json"), saved=True), _training(logs)
     values = dataclasses.asdict(options)
     of_run = {n: v for n, v in values.items() if n not in SEEDS and declaration(n).resume != "ignore"}
-    summary = json.loads((logs / "test_summary.json").read_text())
+    summary = parse_json((logs / "test_summary.json").read_text())
     by_protocol: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in sorted(summary, key=lambda result: result["model"] != "single best"):
         by_protocol.setdefault(identity({**result, "model": ""}), []).append(result)
@@ -155,8 +156,7 @@ def _tests(logs: Path) -> Iterator[Tested]:
 
 def _training(logs: Path) -> dict[str, Any]:
     """Return what a training cost and where; hours and memory are None where they are not recorded."""
-    with (logs / "summary_statistics.csv").open(newline="") as file:
-        epochs = list(csv.DictReader(file))
+    epochs = list(csv.DictReader(whole_lines(logs / "summary_statistics.csv")))
     environments = read_environments(logs / "environment.json")
     devices, commits = (list(dict.fromkeys(_place(e)[k] for e in environments)) for k in (0, 1))
     return {
