@@ -13,19 +13,24 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from tests.forked import Command, Operations, die, halt
+import numpy as np
+
+import utils.images
+from tests.forked import Command, Operations, die, halt, until
+from tests.made_archives import png
 from tests.torture_damage import Kind, harmful, kinds, spoilt, use
-from tests.torture_lab import STAGES, Lab, Stage, contents, differences
+from tests.torture_lab import STAGES, Lab, Stage, contents, differences, experiment
 
 Problems = Iterator[str]  # one for each thing tried; "" where it ended as it should
 
@@ -126,10 +131,109 @@ def damage(lab: Lab) -> Problems:
             problem = use(kind, expected, is_cut=what.startswith("cut"))
             yield f"{kind.path.relative_to(lab.work)}, {what}: {problem}" if problem else ""
         kind.path.write_bytes(whole)
+    newest = experiment(lab.work) / "saved_models" / "latest"
+    for what, data in list(spoilt(newest.read_bytes(), lab.rng, 1))[-2:]:
+        lab.reset(lab.stage("report"))
+        newest.write_bytes(data)
+        yield given_again(lab, lab.stage("training"), f"training goes on though its newest checkpoint is {what}")
     for what, read in harmful(lab.work / "archives"):
         problem = use(Kind(lab.work, read), None)
         ran = "its code ran" * (lab.work / "archives" / "ran").exists()
         yield f"{what}: {problem or ran}" if problem or ran else ""
+
+
+def clock(lab: Lab) -> Problems:
+    """Times that make no sense decide nothing: neither those of files nor that of the clock."""
+    training = lab.stage("training")
+    whole = lab.whole(training)
+    for name in ("in the future", "long ago", "in reverse order"):
+        lab.reset(lab.stage("testing"))
+        models = experiment(lab.work) / "saved_models"
+        (models / "latest").write_bytes((models / "epoch_1").read_bytes())
+        caches = {path: path.stat().st_ino for path in (lab.work / "datasets" / ".cache").rglob("*.*")}
+        for number, path in enumerate(sorted(lab.work.rglob("*"), reverse=True)):
+            moment = {"in the future": 2**32, "long ago": 0, "in reverse order": 10**9 - 1000 * number}[name]
+            os.utime(path, (moment, moment), follow_symlinks=False)
+        problem = given_again(lab, training, f"times of files {name}")
+        stale = any(path.stat().st_ino != inode for path, inode in caches.items())
+        yield problem or "the cache was built anew" * stale
+    lab.reset(training)
+    operations = Operations(lab.work)
+    lab.start(training, operations.at(lab.rng.randint(1, whole.operations), die)).wait()
+    if lab.start(training, set_clock_back).wait():
+        yield "clock set back: the training failed"
+    else:
+        yield differences("clock set back", whole.contents, contents(lab.work))
+
+
+def set_clock_back() -> None:
+    """Have this process's clock start in 1970 and go backwards."""
+    time.time = map(float, range(10**5, 0, -1)).__next__
+
+
+def world(lab: Lab) -> Problems:
+    """Processes and files that are not the command's own change under it."""
+    caching, training, testing = map(lab.stage, ("cache building", "training", "testing"))
+    for changed in CHANGES_OF_IMAGES:
+        lab.reset(testing)
+        own_images(lab)
+        if lab.start(testing).wait():  # the copied images are other files, so their caches are built anew
+            yield "copied images were not taken"
+        before = contents(lab.work / "datasets" / ".cache")
+        changed(lab.work / "datasets" / "toy" / "train" / "train_0")
+        again = lab.start(training)
+        problem = again.printed() if again.wait() else ""
+        if "warning: the images of toy/train have changed since the run was started" not in again.printed():
+            problem = f"no warning: {again.printed()}"
+        stale = before == contents(lab.work / "datasets" / ".cache")
+        yield f"{changed.__name__}: {problem or 'the old cache was used'}" if problem or stale else ""
+    lab.reset(caching)
+    builder = lab.start(caching, slow_decoding)
+    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
+    until(children.read_text)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    builder.wait()
+    problem = not_one_line(builder, lab.work)
+    yield f"a decoding process killed: {problem}" if problem else given_again(lab, caching, "a decoding process killed")
+
+
+def own_images(lab: Lab) -> None:
+    """Copy the images, which are a link, so that they may be changed."""
+    images = lab.work / "datasets" / "toy"
+    target = images.resolve()
+    images.unlink()
+    shutil.copytree(target, images)
+
+
+def replaced(folder: Path) -> None:
+    (folder / "0.png").write_bytes(png(10**6))
+
+
+def replaced_at_the_same_time(folder: Path) -> None:
+    """Put another image of the same size and modification time in the place of one."""
+    smallest, *_, largest = sorted(folder.iterdir(), key=lambda path: path.stat().st_size)
+    times = largest.stat()
+    largest.write_bytes(smallest.read_bytes().ljust(times.st_size, b"\0"))  # readers stop at the end of an image
+    os.utime(largest, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def added(folder: Path) -> None:
+    (folder / "more.png").write_bytes(png(10**6))
+
+
+def removed(folder: Path) -> None:
+    (folder / "0.png").unlink()
+
+
+def slow_decoding() -> None:
+    """Decode so slowly that a decoding process can be killed meanwhile."""
+    decode = utils.images.decode_image
+
+    def slowly(path: Path, shape: utils.images.ImageShape) -> np.ndarray:
+        time.sleep(0.05)
+        return decode(path, shape)
+
+    utils.images.decode_image = slowly
 
 
 def given_again(lab: Lab, stage: Stage, what: str) -> str:
@@ -181,8 +285,11 @@ class Skipped(Exception):
     """A section cannot be tried on this machine; the text says why."""
 
 
-SECTIONS: dict[str, Callable[[Lab], Problems]] = {section.__name__: section for section in (kills, disks, runs, damage)}
+SECTIONS: dict[str, Callable[[Lab], Problems]] = {
+    section.__name__: section for section in (kills, disks, runs, damage, clock, world)
+}
 FILLER = ".filler"
+CHANGES_OF_IMAGES = (replaced, replaced_at_the_same_time, added, removed)
 
 
 def run(name: str, lab: Lab) -> list[str]:
@@ -210,8 +317,10 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}")
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="torture_") as folder:
-        lab = Lab(Path(folder), options.seed, options.short)
+    with (
+        tempfile.TemporaryDirectory(prefix="torture_") as folder,
+        closing(Lab(Path(folder), options.seed, options.short)) as lab,
+    ):
         for name in options.only:
             wrong += run(name, lab)
     return int(bool(wrong))

@@ -151,8 +151,8 @@ def harmful(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "a checkpoint that unpacks to far more", load
     for name, held in FOREIGN_STATES.items():
         yield f"a checkpoint with {name}", saved(state | held)
-    for name, held in archives().items():
-        yield f"an archive with {name}", partial(prepared_of, folder, held)
+    for name, members in archives().items():
+        yield f"an archive with {name}", partial(prepared_of, folder, members)
 
 
 class Runs:

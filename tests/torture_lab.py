@@ -23,6 +23,7 @@ from utils import checkpoints, entry
 from utils.image_cache import SPLITS, open_split
 
 SHAPE = (3, 8, 8)
+LARGE = (3, 84, 84)  # at this size more than one process decodes a split
 CLASSES, IMAGES = 4, 16  # of each split; together more images than one thread of the preprocessing takes at once
 PASSING = {"seconds", "peak_memory_gib"}  # what two runs of one command do not share
 NOT_COMPARED = {".lock", "resources.png"}  # a lock's file stays, but nobody holds it; the picture shows time and memory
@@ -38,7 +39,8 @@ def preprocess(work: Path) -> Words:
 def build_caches(work: Path) -> Words:
     def build() -> None:
         for split in SPLITS:
-            open_split(work / "datasets", "toy", split, SHAPE, workers=2)
+            open_split(work / "datasets", "toy", split, SHAPE)
+        open_split(work / "datasets", "toy", "train", LARGE, workers=2)
 
     return partial(entry.run, build)
 
@@ -117,6 +119,7 @@ class Lab:
         self.work.mkdir()
         self._stages = {stage.name: stage for stage in STAGES}
         self._whole: dict[str, Whole] = {}
+        self._started: list[Command] = []
         classes = [f"toy/{split}/{split}_{k}" for split in SPLITS for k in range(CLASSES)]
         names = [f"{name}/{i}.png" for name in classes for i in range(IMAGES)]
         (self._state(None) / "datasets").mkdir(parents=True)
@@ -132,7 +135,13 @@ class Lab:
             stage.prepare()
             prepare()
 
-        return Command(self.folder / name, stage.words(self.work), both)
+        self._started.append(Command(self.folder / name, stage.words(self.work), both))
+        return self._started[-1]
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for run in self._started:
+            run.kill()
 
     def whole(self, stage: Stage) -> Whole:
         """Return how a stage goes that nothing disturbs; it is run once."""
