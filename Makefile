@@ -11,7 +11,7 @@ READY := .venv/.requirements-installed
 BENCH ?= iteration evaluation head_training svm_head data augmentation explain
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test lint format bench bench-peers check-gpu
+.PHONY: help demo test torture lint format bench bench-peers check-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; 
 # One thread a worker: two processes of one thread each are faster on two cores than one process of two.
 test: $(READY) ## run every test; ARGS="tests/test_data.py -k sampler" runs some
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+torture: $(READY) ## kill, fill, damage and disturb everything, and count; ARGS="--only kills --seed 7"
+	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.torture $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	.venv/bin/ruff check

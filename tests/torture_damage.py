@@ -142,7 +142,7 @@ def harmful(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
     yield "a checkpoint with code", saved(code)
     yield "an old checkpoint with code", saved(code, _use_new_zipfile_serialization=False)
-    (folder / "file").write_bytes(pickle.dumps(code))
+    (folder / "file").write_bytes(pickle.dumps(code, protocol=2))
     yield "a pickle with code", load
     yield "a checkpoint of a huge tensor", saved({"network": {"w": torch.zeros(1).expand(10**6, 10**6)}})
     saved(state)
