@@ -122,7 +122,8 @@ def use(kind: Kind, expected: object, is_cut: bool = False) -> str:
     try:
         found = kind.read()
     except UserError as error:
-        return f"more than one line: {error}" if "\n" in str(error) else ""
+        is_named = str(kind.path) in str(error) or str(kind.path.parent) in str(error)
+        return "" if is_named and "\n" not in str(error) else f"not a line that names the file: {error}"
     except Exception as error:
         return f"a traceback: {error!r}"
     finally:
