@@ -43,7 +43,7 @@ def kills(lab: Lab) -> Problems:
         whole = lab.whole(stage)
         lab.reset(stage)
         operations = Operations(lab.work)
-        if number % 2 or stage.name == "checkpoint writing":
+        if lab.rng.random() < 0.5 or stage.name == "checkpoint writing":
             moment = lab.rng.randint(1, whole.operations)
             what = f"{stage.name}, killed at file operation {moment} of {whole.operations}"
             lab.start(stage, operations.at(moment, die)).wait()

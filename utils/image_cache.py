@@ -44,7 +44,7 @@ class Split:
     split: str  # train, val or test
     mean: tuple[float, ...]  # per channel, over all pixels of the split, in [0, 1]
     std: tuple[float, ...]
-    checksum: int  # of the pixels
+    checksum: int  # of the pixels and of the classes' names and sizes
 
     @property
     def class_sizes(self) -> np.ndarray:
@@ -86,7 +86,7 @@ def open_split(
         split=split,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
-        checksum=meta["checksum"],
+        checksum=zlib.crc32(json.dumps(meta["class_sizes"]).encode(), meta["checksum"]),
     )
 
 
