@@ -103,8 +103,12 @@ def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Cal
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            status = 120  # as Python does where what was printed last cannot be written
+        finally:
+            os._exit(status)
 
 
 class Operations:

@@ -40,20 +40,27 @@ def kills(lab: Lab) -> Problems:
     """A command that is killed at any moment and given again ends as if nothing had happened."""
     for number in range(len(lab.stages) if lab.short else 30):
         stage = lab.stages[number % len(lab.stages)]
-        whole = lab.whole(stage)
+        what = f"{stage.name}, {killed(lab, stage)}"
+        yield given_again(lab, stage, what)
+
+
+def killed(lab: Lab, stage: Stage) -> str:
+    """Start a stage, kill it at a random moment before its end, and say when that was."""
+    whole = lab.whole(stage)
+    while True:
         lab.reset(stage)
-        operations = Operations(lab.work)
         if lab.rng.random() < 0.5 or stage.name == "checkpoint writing":
-            moment = lab.rng.randint(1, whole.operations)
-            what = f"{stage.name}, killed at file operation {moment} of {whole.operations}"
-            lab.start(stage, operations.at(moment, die)).wait()
+            operation = lab.rng.randint(1, whole.operations)
+            what = f"killed at file operation {operation} of {whole.operations}"
+            command = lab.start(stage, Operations(lab.work).at(operation, die))
         else:
             delay = lab.rng.uniform(0, whole.seconds)
-            what = f"{stage.name}, killed after {delay:.3f} of {whole.seconds:.3f} s"
+            what = f"killed after {delay:.3f} of {whole.seconds:.3f} s"
             command = lab.start(stage)
             command.ends_within(delay)
             command.kill()
-        yield given_again(lab, stage, what)
+        if command.wait() == -signal.SIGKILL:  # else it was faster than the first time
+            return what
 
 
 def disks(lab: Lab) -> Problems:
@@ -74,6 +81,10 @@ def disks(lab: Lab) -> Problems:
             else:
                 yield given_again(lab, stage, what)
         for stage in lab.stages[:: 3 if lab.short else 1]:
+            lab.reset(stage)
+            run, what = lab.start(stage, print_to_a_full_disk), f"{stage.name}, what it prints on a full disk"
+            problem = not_one_line(run, "what is printed") if run.wait() else ""
+            yield f"{what}: {problem}" if problem else given_again(lab, stage, what)
             lab.reset(stage)
             before = contents(lab.work)
             with read_only(lab.work):
@@ -244,11 +255,11 @@ def given_again(lab: Lab, stage: Stage, what: str) -> str:
     return differences(what, lab.whole(stage).contents, contents(lab.work))
 
 
-def not_one_line(run: Command, folder: Path) -> str:
+def not_one_line(run: Command, named: object) -> str:
     """Return what is wrong with the end of a command that should say in one line what the cause is; "" if nothing."""
     printed = run.printed()
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-    is_plain = run.wait() == 2 and len(errors) == 1 and str(folder) in errors[0] and "Traceback" not in printed
+    is_plain = run.wait() == 2 and len(errors) == 1 and str(named) in errors[0] and "Traceback" not in printed
     return "" if is_plain else f"status {run.wait()}, {printed}"
 
 
@@ -272,6 +283,11 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
+def print_to_a_full_disk() -> None:
+    """Send what this process prints, less its errors, to where nothing can be written."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
 def fill(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """How every program of this project ends: what a user can mend is one line on stderr, not a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from utils.errors import UserError
 def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Call `main` and return the exit status.
 
-    It is 0, 2 after a UserError, 130 after Ctrl-C, which prints `interrupted`, and 141, without a word, where whatever
-    reads the output has ended, as `| head` does.
+    It is 0, 2 after a UserError and where what is printed goes to a full disk, 130 after Ctrl-C, which prints
+    `interrupted`, and 141, without a word, where whatever reads the output has ended, as `| head` does.
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -22,6 +24,21 @@ def run(main: Callable[[], object], interrupted: str = "interrupted") -> int:
         print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail once more
+        _forget_output()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the file that takes what is printed"
+        print(
+            f"error: cannot write {where}: {error.strerror}. Free some disk space and give the same command again",
+            file=sys.stderr,
+        )
+        _forget_output()
+        return 2
     return 0
+
+
+def _forget_output() -> None:
+    """Have what is still to be printed go nowhere, or the last flush would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
