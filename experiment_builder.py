@@ -249,8 +249,8 @@ class Experiment:
     def _save(self, name: str) -> None:
         if distributed.is_main():
             state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
-            state["images"] = self.images
-            self.model.save_model(self.file(name), state | {"history": self.history, "sums": self.sums})
+            so_far = {"history": self.history, "sums": self.sums, "images": self.images}
+            self.model.save_model(self.file(name), state | so_far)
         distributed.barrier()
 
     def resume(self) -> None:

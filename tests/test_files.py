@@ -112,6 +112,13 @@ def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> N
     assert (tmp_path / "folder" / "file").read_text() == "new" and names(tmp_path) == ["folder"]
 
 
+def test_a_folder_comes_back_where_its_writer_was_killed_between_two_renames(tmp_path: Path) -> None:
+    (tmp_path / ".folder.earlier").mkdir()
+    with pytest.raises(UserError, match="no room"), replace_folder(tmp_path / "folder"):
+        raise UserError("no room")
+    assert names(tmp_path) == ["folder"]
+
+
 def fill_and_wait(path: Path, ready: Any) -> None:
     with replace_folder(path) as folder:
         (folder / "file").write_text("half")

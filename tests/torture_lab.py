@@ -99,6 +99,7 @@ STAGES = (
     Stage("testing", test, "training", draw_nothing),
     Stage("report", report, "training"),
     Stage("export", export, "training"),
+    Stage("second export", export, "export"),
     Stage("results table", tabulate, "training"),
 )
 

@@ -105,26 +105,23 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """Make a folder that takes the place of `path`, an earlier one's too, when the block ends without an exception.
 
     What writers that were killed left beside it is removed. UserError where the system does not let it; what was at
-    `path` is then untouched.
+    `path` is then there, or comes back with the next call.
     """
+    earlier = path.with_name(f".{path.name}.earlier")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
-        (new, lock), earlier = _temporary_folder(path), _beside(path)
+        _settle(earlier, path)
+        new, lock = _temporary_folder(path)
         try:
             yield new
             if path.exists():
                 path.rename(earlier)
-            try:
-                new.rename(path)
-            except OSError:
-                if earlier.exists():
-                    earlier.rename(path)
-                raise
+            new.rename(path)
         finally:
             os.close(lock)
-            for left in (new, earlier):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            _settle(earlier, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
@@ -186,6 +183,14 @@ def _temporary_folder(path: Path) -> tuple[Path, int]:
         if os.fstat(lock).st_nlink:
             return folder, lock
         os.close(lock)
+
+
+def _settle(earlier: Path, path: Path) -> None:
+    """Put an earlier folder back, or remove it where a new one is in its place."""
+    if path.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+    elif earlier.exists():
+        earlier.rename(path)
 
 
 def _beside(path: Path) -> Path:

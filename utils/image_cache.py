@@ -142,8 +142,7 @@ def _checksum(images: np.memmap) -> int:
     checksum, left = 0, images.nbytes
     with open(images.filename, "rb") as file:  # type: ignore[arg-type]
         file.seek(images.offset)
-        while left:
-            piece = file.read(min(left, 2**20))
+        while piece := file.read(min(left, 2**20)):
             checksum, left = zlib.crc32(piece, checksum), left - len(piece)
     return checksum
 
