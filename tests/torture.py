@@ -30,7 +30,7 @@ import numpy as np
 import utils.images
 from tests.forked import Command, Operations, die, halt, until
 from tests.made_archives import png
-from tests.torture_damage import Kind, harmful, kinds, spoilt, use
+from tests.torture_damage import harmful, kinds, spoilt, use
 from tests.torture_lab import Lab, Stage, contents, differences, experiment
 
 Problems = Iterator[str]  # one for each thing tried; "" where it ended as it should
@@ -148,8 +148,8 @@ def damage(lab: Lab) -> Problems:
         yield given_again(lab, lab.stage("training"), f"training goes on though its newest checkpoint is {what}")
     place = lab.folder / "harmful"
     place.mkdir()
-    for what, read in harmful(place):
-        problem = use(Kind(place, read), None) or "its code ran" * (place / "ran").exists()
+    for what, kind in harmful(place):
+        problem = use(kind, None) or "its code ran" * (place / "ran").exists()
         yield f"{what}: {problem}" if problem else ""
 
 

@@ -122,7 +122,8 @@ def use(kind: Kind, expected: object, is_cut: bool = False) -> str:
     try:
         found = kind.read()
     except UserError as error:
-        is_named = str(kind.path) in str(error) or str(kind.path.parent) in str(error)
+        names = (str(kind.path), str(kind.path.parent), f"{kind.path.name}: ")  # a data set has its own name
+        is_named = any(name in str(error) for name in names)
         return "" if is_named and "\n" not in str(error) else f"not a line that names the file: {error}"
     except Exception as error:
         return f"a traceback: {error!r}"
@@ -131,13 +132,13 @@ def use(kind: Kind, expected: object, is_cut: bool = False) -> str:
     return "" if found == expected or heard.texts or not (kind.is_summed or is_cut) else "used without a word"
 
 
-def harmful(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield files made to do harm, and what reads them, which has to raise UserError; FOLDER/ran must not be made."""
+def harmful(folder: Path) -> Iterator[tuple[str, Kind]]:
+    """Yield files made to do harm; reading one has to raise UserError, and must not make FOLDER/ran."""
     state = {"network": {"w": torch.zeros(3)}}
     code = {"network": Runs(folder / "ran")}
-    load = partial(checkpoints.load, folder / "file")
+    load = Kind(folder / "file", partial(checkpoints.load, folder / "file"))
 
-    def saved(held: object, **more: Any) -> Callable[[], object]:
+    def saved(held: object, **more: Any) -> Kind:
         torch.save(held, folder / "file", **more)
         return load
 
@@ -153,7 +154,7 @@ def harmful(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, held in FOREIGN_STATES.items():
         yield f"a checkpoint with {name}", saved(state | held)
     for name, members in archives().items():
-        yield f"an archive with {name}", partial(prepared_of, folder, members)
+        yield f"an archive with {name}", Kind(folder / "toy", partial(prepared_of, folder, members))
 
 
 class Runs:
