@@ -24,8 +24,9 @@ demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; 
 test: $(READY) ## run every test; ARGS="tests/test_data.py -k sampler" runs some
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-torture: $(READY) ## give odd inputs to everything that reads what users write, and print what came of them
-	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.fuzzing $(ARGS)
+torture: $(READY) ## kill, fill, damage and disturb everything, and count; ARGS="--only kills --seed 7"
+	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.torture $(ARGS)
+	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.fuzzing
 
 lint: $(READY) ## check style, formatting and types
 	.venv/bin/ruff check

@@ -27,7 +27,8 @@ from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.environment import record_environment
 from utils.errors import UserError
-from utils.files import only_process, replace_file, write_csv, write_text
+from utils.files import move_aside, only_process, replace_file, write_csv, write_text
+from utils.image_cache import Split
 from utils.metaoptnet import published_statistics
 from utils.names import find_dataset
 from utils.observer import Observer
@@ -78,6 +79,7 @@ class Experiment:
         # over the iterations of the current epoch
         self.sums = dict.fromkeys((*self.metrics, "skipped", "seconds"), 0.0)
         self.normalization: Normalization = None
+        self.images: dict[str, int] = {}  # of each split that was trained or validated on, the checksum
         self.observer = Observer(options, self.folder)
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ class Experiment:
                 self.normalization = published_statistics(self.options.dataset_name)
             self.resume()
             validation_split = open_dataset(self.options, self.options.dataset_name, "val")
+            self._note_images(train_split, validation_split)
             device, options, tasks = self.model.device, self.options, local_tasks(self.options.batch_size)
             training = training_episodes(train_split, options, device, self.normalization)
             validation = evaluation_episodes(validation_split, options, device, self.normalization)
@@ -106,6 +109,18 @@ class Experiment:
                 self.observer.look(self.model, validation, len(self.history) + 1)
                 self._finish_epoch(score(logits, labels))
                 self.observer.epoch_done(self.history[-1])
+
+    def _note_images(self, *splits: Split) -> None:
+        """Warn of splits whose images are no longer those that the run was trained on; remember those of now."""
+        for split in splits:
+            if self.images.get(split.split, split.checksum) != split.checksum:
+                log.warning(
+                    "the images of %s/%s have changed since the run was started; going on with those that are there "
+                    "now, so its numbers are not those of one data set",
+                    split.name,
+                    split.split,
+                )
+        self.images = {split.split: split.checksum for split in splits}
 
     def _train_epoch(self, episodes: Episodes, tasks: range) -> None:
         """The iterations that are left of the current epoch; saves `latest` every minute and at the end.
@@ -270,7 +285,8 @@ class Experiment:
         self._check_state()
         if distributed.is_main():
             state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
-            self.model.save_model(self.file(name), state | {"history": self.history, "sums": self.sums})
+            so_far = {"history": self.history, "sums": self.sums, "images": self.images}
+            self.model.save_model(self.file(name), state | so_far)
         distributed.barrier()
 
     def resume(self) -> None:
@@ -333,10 +349,7 @@ class Experiment:
     def _move_aside(self, paths: list[Path]) -> None:
         """Keep checkpoints that this run will not go on from in a folder of their own."""
         if distributed.is_main() and paths:
-            kept = self.folder / f"saved_models_until_{time.strftime('%Y%m%d-%H%M%S')}"
-            kept.mkdir()
-            for path in paths:
-                path.rename(kept / path.name)
+            kept = move_aside(paths, self.folder / f"saved_models_until_{time.strftime('%Y%m%d-%H%M%S')}")
             log.info("%d checkpoints of the earlier run are kept in %s", len(paths), kept)
         distributed.barrier()
 
@@ -346,6 +359,7 @@ class Experiment:
         self._compare_options(state["options"], "resume")
         self.model.load_state(state, path)
         self.history, self.normalization = state["history"], state["normalization"]
+        self.images = state.get("images", {})  # which earlier versions did not keep
         self.sums |= state["sums"]
         done = self.model.iterations_done
         log.info("going on from %s: %d epochs, %d iterations done", path, len(self.history), done)

@@ -1,6 +1,7 @@
 """Scoring a learner on fixed tasks, for validation and for the meta-test of single and averaged checkpoints."""
 
 import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -138,8 +139,10 @@ def meta_test(
             write_confusion(folder / "logs", episodes, logits[0])
             for task, answered in enumerate(logits[0][:SAMPLES]):
                 number = f".{task + 1}" if task else ""
+                whole = io.BytesIO()  # a zip file that could not be ended would complain when Python forgets it
+                np.savez_compressed(whole, **sample_episode(episodes, answered, task))
                 with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}{number}.npz") as file:
-                    np.savez_compressed(file, **sample_episode(episodes, answered, task))
+                    file.write(whole.getbuffer())
         for result in tested:
             log.info(describe(result))
         results += tested
@@ -163,14 +166,15 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """
     file = folder / "test_summary.json"
     with only_process(folder):
-        same = [identity(result) for result in results]
         try:
             kept = parsed_json(file.read_bytes()) if file.exists() else []
-            rows = [row for row in kept if identity(row) not in same] + list(results)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
+            same = [identity(result) for result in results]
+            rows = [dict(row) for row in kept if identity(row) not in same] + list(results)
+            lines = [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error!r}); move it away and test again") from error
         write_text(file, json.dumps(rows, indent=2))
-        write_csv(file.with_suffix(".csv"), [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows])
+        write_csv(file.with_suffix(".csv"), lines)
 
 
 def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ Results go to predictions.csv (file, class, probability of each) and predictions
 """
 
 import argparse
-import itertools
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 from predictor import Estimate, Predictor
 from utils import entry
 from utils.errors import UserError
-from utils.files import replace_file, write_csv
+from utils.files import new_folder, replace_file, write_csv
 from utils.images import list_classes, list_images
 from utils.prediction_sheet import Answered, prediction_sheet
 from utils.progress import set_up_logging
@@ -63,20 +62,6 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out} is a file; name a folder with --out")
     if there := [name for name in (CSV, SHEET) if os.path.lexists(out / name)]:
         raise UserError(f"{out} holds {there[0]} already; move it away, or name another folder with --out")
-
-
-def new_folder() -> Path:
-    """Make and return the first of predictions, predictions_2, ... that is not there."""
-    for number in itertools.count(1):
-        folder = Path("predictions" if number == 1 else f"predictions_{number}")
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot write to {Path.cwd()}: {error.strerror}; name a folder with --out") from error
-    return folder
 
 
 def check_apart(files: Sequence[Path], pixels: np.ndarray, others: Sequence[Path], other_pixels: np.ndarray) -> None:
@@ -168,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     note_batch_norm(predictor, len(queries))
     support = {name: [file for file, label in zip(files, labels, strict=True) if label == name] for name in labels}
     found = predictor.predict_proba(query_pixels)
-    write_results(asked.out or new_folder(), list(map(str, predictor.classes_)), support, queries, found)
+    out = asked.out or new_folder(Path("predictions"))
+    write_results(out, list(map(str, predictor.classes_)), support, queries, found)
 
 
 if __name__ == "__main__":

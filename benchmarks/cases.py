@@ -115,5 +115,5 @@ def made_episodes(options: Options, device: torch.device) -> Episodes:
     """Return training tasks of made-up images."""
     images = np.random.default_rng(0).integers(0, 256, (200, *options.image_shape[1:], 3), dtype=np.uint8)
     classes = [f"class_{i}" for i in range(8)]
-    split = Split(images, classes, np.arange(9, dtype=np.int64) * 25, "made", "train", (0.5,) * 3, (0.25,) * 3)
+    split = Split(images, classes, np.arange(9, dtype=np.int64) * 25, "made", "train", (0.5,) * 3, (0.25,) * 3, 0)
     return training_episodes(split, options, device, None)

@@ -5,7 +5,6 @@ https fails; tieredImageNet takes gigabytes, so this is a short program of our o
 its md5 is the expected one, which also finds a part that belongs to another file, as the header If-Range would.
 """
 
-import json
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from preprocess.archives import is_web_page
 from preprocess.sources import DataSet, Source, md5_of, missing_files
 from utils.errors import UserError
-from utils.files import only_process
+from utils.files import only_process, parsed_json
 from utils.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def _listed(address: str) -> tuple[int, str]:
 
     content = _persist(listing, read)
     try:
-        files = {file["key"]: file for file in json.loads(content)["files"]}
+        files = {file["key"]: file for file in parsed_json(content)["files"]}
         md5 = re.fullmatch("md5:([0-9a-f]{32})", files[name]["checksum"])[1]  # type: ignore[index]
         return int(files[name]["size"]), md5
     except (ValueError, KeyError, TypeError) as error:

@@ -295,15 +295,6 @@ def test_added_removed_and_changed_images_rebuild_the_cache(toys: Path) -> None:
     np.testing.assert_array_equal(_toys(toys).images[0], np.asarray(Image.open(changed)))
 
 
-@pytest.mark.parametrize("suffix", ["npy", "json"])
-@pytest.mark.parametrize("keep", [0, 20, 200, -1])
-def test_truncated_cache_is_rebuilt(toys: Path, suffix: str, keep: int) -> None:
-    expected = np.array(_toys(toys).images)
-    file = _cache(toys, suffix)
-    file.write_bytes(file.read_bytes()[:keep])
-    np.testing.assert_array_equal(_toys(toys).images, expected)
-
-
 def test_array_and_metadata_of_different_builds_do_not_match(toys: Path) -> None:
     """Two builders that saw different files may leave the array of one beside the metadata of the other."""
     _toys(toys)

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from learner import Form
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
-from utils.files import only_process
 from utils.image_cache import open_split
 from utils.options import Options, parse_args
 from utils.scores import score
@@ -173,33 +171,6 @@ def test_a_rehearsal_scores_the_checkpoint_that_is_named_and_leaves_nothing_behi
 # --- exact resume --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(
-    finished: Path, toy_data: Path, tmp_path: Path
-) -> None:
-    arguments = ["train_maml_system.py", *command(toy_data, tmp_path)]
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    seed = time.time_ns()
-    print(f"the moments of this run: random.Random({seed})")
-    rng = random.Random(seed)
-    for number in signals:
-        process = start(*arguments)
-        wait_for_training(process, tmp_path)
-        time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    output, _ = start(*arguments).communicate(timeout=120)
-    assert history(tmp_path) == history(finished), output
-    assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
-
-
-def wait_for_training(process: "subprocess.Popen[str]", results: Path) -> None:
-    """Until the run has written its options, which it does just before the first iteration (or has ended)."""
-    file = folder_of(results) / "logs" / "options.json"
-    before = file.stat().st_mtime_ns if file.exists() else 0
-    while process.poll() is None and not (file.exists() and file.stat().st_mtime_ns > before):
-        time.sleep(0.01)
-
-
 def test_stopping_in_the_middle_of_an_epoch_saves_that_iteration(
     finished: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,22 +223,6 @@ def test_a_run_killed_before_its_first_save_goes_on_in_the_form_that_was_measure
     assert losses[0] == losses[1]
 
 
-def test_a_damaged_latest_falls_back_to_the_newest_good_checkpoint(
-    finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(command(toy_data, tmp_path, "--total_epochs", "2"))
-    latest = folder_of(tmp_path) / "saved_models" / "latest"
-    latest.write_bytes(latest.read_bytes()[:-1000])
-    main(command(toy_data, tmp_path))
-    output = capsys.readouterr().out
-    assert "latest is damaged" in output and "going on from" in output and "epoch_2" in output
-    latest.write_bytes(b"")
-    main(command(toy_data, tmp_path, "--evaluate_on_test_set_only", "true"))
-    main(command(toy_data, tmp_path))
-    assert history(tmp_path) == history(finished)
-    assert all(torch.equal(tensor, final_weights(tmp_path)[name]) for name, tensor in final_weights(finished).items())
-
-
 def test_nothing_is_overwritten_when_no_checkpoint_can_be_read(toy_data: Path, tmp_path: Path) -> None:
     models = folder_of(tmp_path) / "saved_models"
     models.mkdir(parents=True)
@@ -314,14 +269,6 @@ def test_testing_with_other_settings_than_trained_says_so(
     assert warnings == ["warning: --normalization is channel, but the run was started with unit; going on with unit"]
     assert json.loads(file.read_text())[-1]["normalization"] == "unit"
     file.write_text(before)
-
-
-def test_two_processes_cannot_train_in_one_folder(toy_data: Path, tmp_path: Path) -> None:
-    with (
-        only_process(folder_of(tmp_path), "training"),
-        pytest.raises(UserError, match="another process is training in"),
-    ):
-        main(command(toy_data, tmp_path))
 
 
 def test_a_frequent_save_changes_nothing(
@@ -672,35 +619,6 @@ def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Pat
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output.startswith("error: there is no option '--contxtual_grad'; did you mean '--contextual_grad'?")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_loses_nothing_that_was_saved(toy_data: Path, small_disk: Path, finished: Path) -> None:
-    main(command(toy_data, small_disk, "--total_epochs", "1"))
-    models = folder_of(small_disk) / "saved_models"
-    before = {path.name: path.read_bytes() for path in models.iterdir()}
-    filler = small_disk / "filler"
-    with pytest.raises(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(1024))
-            file.flush()
-    with pytest.raises(UserError, match=r"cannot write .*(No space left|failed).*Free some disk space"):
-        main(command(toy_data, small_disk))
-    assert {path.name: path.read_bytes() for path in models.iterdir()} == before
-    filler.unlink()
-    main(command(toy_data, small_disk, "--max_models_to_save", "2"))
-    assert history(small_disk) == history(finished)
 
 
 def test_results_of_forgiving_names_share_a_folder() -> None:

@@ -1,6 +1,8 @@
 """Replaced files are whole whatever happens to their writers, and processes wait for one another's lock."""
 
 import multiprocessing
+import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from utils.errors import UserError
-from utils.files import only_process, replace_file, write_text
+from utils.files import move_aside, only_process, replace_file, replace_folder, write_text
 
 FORK = multiprocessing.get_context("fork")
 
@@ -84,11 +86,70 @@ def test_a_lock_without_a_purpose_waits_for_its_turn(tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "30"
 
 
-def test_a_lock_with_a_purpose_says_who_holds_it(tmp_path: Path) -> None:
-    with only_process(tmp_path, "training"), pytest.raises(UserError, match="another process is training in"):
-        only_process(tmp_path, "training").__enter__()
-
-
 def test_a_text_may_hold_names_of_files_that_are_not_unicode(tmp_path: Path) -> None:
     write_text(tmp_path / "results.md", "caf\udce9, café")
     assert (tmp_path / "results.md").read_bytes() == b"caf\\udce9, caf\xc3\xa9"
+
+
+def test_a_lock_with_a_purpose_says_who_holds_it_and_since_when(tmp_path: Path) -> None:
+    holder = rf"process {os.getpid()} on {platform.node()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d is training in"
+    with only_process(tmp_path, "training"):
+        for _ in range(2):  # the one that is refused leaves the note as it is
+            with pytest.raises(UserError, match=holder):
+                only_process(tmp_path, "training").__enter__()
+    with only_process(tmp_path, "training"):
+        (tmp_path / ".lock").write_bytes(b"\x1b[31m\xff")
+        with pytest.raises(UserError, match="another process is training in"):
+            only_process(tmp_path, "training").__enter__()
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with replace_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text(text)
+            assert text == "old" or (tmp_path / "folder" / "file").read_text() == "old"
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / "folder"):
+        raise RuntimeError
+    assert (tmp_path / "folder" / "file").read_text() == "new" and names(tmp_path) == ["folder"]
+
+
+def test_a_folder_comes_back_where_its_writer_was_killed_between_two_renames(tmp_path: Path) -> None:
+    (tmp_path / ".folder.earlier").mkdir()
+    with pytest.raises(UserError, match="no room"), replace_folder(tmp_path / "folder"):
+        raise UserError("no room")
+    assert names(tmp_path) == ["folder"]
+
+
+def fill_and_wait(path: Path, ready: Any) -> None:
+    with replace_folder(path) as folder:
+        (folder / "file").write_text("half")
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_folder_that_a_killed_writer_left_is_removed_and_a_living_writers_is_not(tmp_path: Path) -> None:
+    ready = FORK.Event()
+    killed = started(fill_and_wait, tmp_path / "folder", ready)
+    assert ready.wait(10)
+    (under_way,) = names(tmp_path)
+    write_text(tmp_path / "file", "")
+    assert names(tmp_path) == sorted([under_way, "file"]), "its writer is alive"
+    killed.kill()
+    killed.join()
+    with replace_folder(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_files_that_are_moved_aside_twice_in_a_second_lie_in_two_folders(tmp_path: Path) -> None:
+    kept = []
+    for text in ("one", "two"):
+        (tmp_path / "file").write_text(text)
+        kept.append(move_aside([tmp_path / "file"], tmp_path / "until_now"))
+    assert [(folder / "file").read_text() for folder in kept] == ["one", "two"]
+    with pytest.raises(UserError, match=r"cannot make the folder .*absent/until_now: .*choose another place"):
+        move_aside([tmp_path / "until_now"], tmp_path / "absent" / "until_now")

@@ -40,7 +40,7 @@ GRADIENT: dict[str, dict[str, Any]] = {
 def made_split(side: int) -> Split:
     images = np.random.default_rng(0).integers(0, 256, (200, side, side, 3), dtype=np.uint8)
     starts = np.arange(9, dtype=np.int64) * 25
-    return Split(images, [f"class_{i}" for i in range(8)], starts, "made", "train", (0.5,) * 3, (0.25,) * 3)
+    return Split(images, [f"class_{i}" for i in range(8)], starts, "made", "train", (0.5,) * 3, (0.25,) * 3, 0)
 
 
 def iterate(options: Options, train: bool = True) -> list[int]:

@@ -49,8 +49,8 @@ def load(path: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in path.parent.glob("[!.]*"))) if path.parent.is_dir() else ""
         raise UserError(f"there is no checkpoint {path}; in its folder: {there or 'nothing'}")
     try:
-        if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):  # torch does not check the sums
-            raise ValueError(f"wrong checksum of {member}")
+        if zipfile.is_zipfile(path):
+            _check_zip(path)
         with torch.serialization.safe_globals(numpy_scalars()):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly any type on bytes that are no checkpoint
@@ -61,6 +61,16 @@ def load(path: Path) -> dict[str, Any]:
         )
     check_contents(state, path)
     return state
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError for a wrong checksum, which torch does not look at, and for members that unpack to more."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > path.stat().st_size:
+            raise ValueError("torch packs nothing")
+        if member := archive.testzip():
+            raise ValueError(f"wrong checksum of {member}")
 
 
 def check_contents(state: Mapping[str, Any], path: Path) -> None:
@@ -80,11 +90,21 @@ def _is_named(part: Any, *names: str) -> bool:
 
 
 def _are_weights(part: Any) -> bool:
-    return _is_named(part) and all(isinstance(tensor, Tensor) for tensor in part.values())
+    """Return whether these are tensors by their names, all of whose numbers are there."""
+    return _is_named(part) and all(
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+        for tensor in part.values()
+    )
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int | float) for value in values)
+
+
+def _are_named_numbers(part: Any, *names: str) -> bool:
+    return _is_named(part, *names) and _are_numbers(part.values())
 
 
 def _are_statistics(pair: Any) -> bool:
@@ -97,7 +117,7 @@ def _are_statistics(pair: Any) -> bool:
 
 
 def _is_history(rows: Any) -> bool:
-    return isinstance(rows, list) and all(_is_named(row, "epoch", "val_accuracy") for row in rows)
+    return isinstance(rows, list) and all(_are_named_numbers(row, "epoch", "val_accuracy") for row in rows)
 
 
 PLAIN = str | int | float | None  # what options are
@@ -106,7 +126,7 @@ PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     "options": lambda part: _is_named(part) and all(isinstance(value, PLAIN) for value in part.values()),
     "normalization": _are_statistics,
     "history": _is_history,
-    "sums": lambda part: _is_named(part) and _are_numbers(part.values()),
+    **dict.fromkeys(("sums", "images"), _are_named_numbers),
     "optimizer": lambda part: _is_named(part, "state", "param_groups"),
     "iterations_done": lambda number: isinstance(number, int) and number >= 0,
     "form": lambda part: part is None or _is_named(part, "tasks_per_pass", "captured"),

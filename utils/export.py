@@ -15,19 +15,17 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils import checkpoints, entry, published
 from utils.checkpoints import OPTIONS, PARTS, WEIGHTS
 from utils.errors import UserError
-from utils.files import parsed_json, replace_file, write_text
+from utils.files import parsed_json, replace_file, replace_folder, write_text
 from utils.options import Options, all_defaults
 from utils.progress import set_up_logging
 from utils.results import methods_of
@@ -57,16 +55,12 @@ def export(experiment: Path, out: Path) -> None:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "card_sha256": hashlib.sha256(card.encode()).hexdigest(),
     }
-    beside = out.with_name(f".{out.name}.{uuid4().hex}.partial")
-    try:
-        with replace_file(beside / WEIGHTS) as file:
+    with replace_folder(out) as folder:
+        with replace_file(folder / WEIGHTS) as file:
             file.write(weights)
-        write_text(beside / OPTIONS, json.dumps(described, indent=2))
-        write_text(beside / RESULTS, json.dumps(results, indent=2))
-        write_text(beside / CARD, card)
-        put_in_place(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_text(folder / OPTIONS, json.dumps(described, indent=2))
+        write_text(folder / RESULTS, json.dumps(results, indent=2))
+        write_text(folder / CARD, card)
 
 
 def check_place(out: Path) -> None:
@@ -84,18 +78,6 @@ def check_place(out: Path) -> None:
     for name, written in ((CARD, card), (WEIGHTS, weights)):
         if not (out / name).is_file() or hashlib.sha256((out / name).read_bytes()).hexdigest() != written:
             raise UserError(f"{out / name} is not as it was exported; {cure}")
-
-
-def put_in_place(beside: Path, out: Path) -> None:
-    """Rename `beside` to `out`; an earlier export goes only once the new one is whole."""
-    earlier = out.with_name(f".{out.name}.{uuid4().hex}.earlier")
-    try:
-        if out.exists():
-            out.rename(earlier)
-        beside.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another folder") from error
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def best_of(experiment: Path) -> Path:

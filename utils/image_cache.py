@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -28,7 +29,7 @@ from utils.names import find_dataset, missing_dataset
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-FORMAT = 1  # raise it when the same files would give other bytes
+FORMAT = 2  # raise it when the same files would give other bytes
 Cached = tuple[np.ndarray, dict[str, Any]]  # images (N, H, W, C) and the JSON file, see `_build`
 
 
@@ -43,6 +44,7 @@ class Split:
     split: str  # train, val or test
     mean: tuple[float, ...]  # per channel, over all pixels of the split, in [0, 1]
     std: tuple[float, ...]
+    checksum: int  # of the pixels and of the classes' names and sizes
 
     @property
     def class_sizes(self) -> np.ndarray:
@@ -84,6 +86,7 @@ def open_split(
         split=split,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
+        checksum=zlib.crc32(json.dumps(meta["class_sizes"]).encode(), meta["checksum"]),
     )
 
 
@@ -121,21 +124,34 @@ def _load(stem: Path, listing: Listing, image_shape: ImageShape) -> Cached | Non
             file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
             if file.read() != hashlib.sha256(text).digest():
                 return None
-        images = np.load(stem.with_suffix(".npy"), mmap_mode="r")
         meta = json.loads(text)
+        if (meta["format"], meta["fingerprint"]) != (FORMAT, listing.fingerprint):
+            return None
+        images = np.load(stem.with_suffix(".npy"), mmap_mode="r")
+        fits = images.shape == (sum(meta["class_sizes"].values()), height, width, channels) and images.dtype == np.uint8
+        if not fits or _checksum(images) != meta["checksum"]:
+            log.warning("the image cache %s is damaged and is built anew", stem.with_suffix(".npy"))
+            return None
     except (OSError, ValueError):
         return None
-    if (meta["format"], meta["fingerprint"]) != (FORMAT, listing.fingerprint):
-        return None
-    fits = images.shape == (sum(meta["class_sizes"].values()), height, width, channels)
-    return (images, meta) if fits else None
+    return images, meta
+
+
+def _checksum(images: np.memmap) -> int:
+    """Return the CRC-32 of the pixels in a cache's file, read in pieces: a map would count as this process's memory."""
+    checksum, left = 0, images.nbytes
+    with open(images.filename, "rb") as file:  # type: ignore[arg-type]
+        file.seek(images.offset)
+        while piece := file.read(min(left, 2**20)):
+            checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+    return checksum
 
 
 def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_images: bool, workers: int | None) -> Cached:
     """Write the array, then its metadata, and return both.
 
-    The array's file ends with the hash of the metadata. So a truncated array is noticed, and so is a pair
-    left by two builders that saw different files. Builders that saw the same files write the same bytes.
+    The metadata hold the checksum of the pixels. The array's file ends with the hash of the metadata; so a pair left
+    by two builders that saw different files is noticed. Builders that saw the same files write the same bytes.
     """
     needed, free = len(listing.files) * math.prod(image_shape), shutil.disk_usage(stem.parent).free
     if free < needed:
@@ -144,7 +160,7 @@ def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_image
             f"{free / 1e6:,.2f} are free. Free some space and run again."
         )
     skipped: list[tuple[str, str]] = []
-    counts = np.zeros((image_shape[0], 256), np.int64)
+    counts, checksum = np.zeros((image_shape[0], 256), np.int64), 0
     with replace_file(stem.with_suffix(".npy")) as out:
         _write_header(out, len(listing.files), image_shape)
         bar = tqdm(total=len(listing.files), desc=f"Reading {listing.root}", unit=" images", disable=None)
@@ -153,7 +169,8 @@ def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_image
                 if piece.bad and not skip_bad_images:
                     raise UserError(f"{_unreadable(listing.root, piece.bad)}. Mend or remove what is named, or "
                                     "go on without unreadable images: --skip_bad_images true")  # fmt: skip
-                out.write(piece.images.tobytes())
+                out.write(data := piece.images.tobytes())
+                checksum = zlib.crc32(data, checksum)
                 counts += piece.counts
                 skipped += piece.bad
                 bar.update(len(piece.images) + len(piece.bad))
@@ -166,7 +183,7 @@ def _build(stem: Path, listing: Listing, image_shape: ImageShape, skip_bad_image
         std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / total)
         meta = {
             "format": FORMAT, "fingerprint": listing.fingerprint, "class_sizes": sizes,
-            "mean": mean.tolist(), "std": std.tolist(), "skipped": skipped,
+            "mean": mean.tolist(), "std": std.tolist(), "skipped": skipped, "checksum": checksum,
         }  # fmt: skip
         text = json.dumps(meta).encode()
         out.write(hashlib.sha256(text).digest())

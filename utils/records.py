@@ -2,7 +2,6 @@
 
 import csv
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -156,7 +155,7 @@ def read_setup(folder: Path) -> Setup | None:
 def read_epochs(folder: Path) -> list[Epoch]:
     """Return the finished epochs; raises UserError where there is none or the file is damaged."""
     path = folder / "logs" / "summary_statistics.csv"
-    rows = _parsed(path, lambda path: [_epoch(row) for row in csv.DictReader(path.read_text().splitlines())])
+    rows = _parsed(path, lambda path: [_epoch(row) for row in csv.DictReader(whole_lines(path))])
     if not rows:
         raise UserError(f"there is no {path} with a row: no epoch is finished. To train: {command(folder)}")
     return rows
@@ -169,7 +168,7 @@ def _epoch(row: Mapping[str, str]) -> Epoch:
 def read_diagnostics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of logs/diagnostics.jsonl, none of an older run; raises UserError if the file is damaged."""
     path = folder / "logs" / "diagnostics.jsonl"
-    return _parsed(path, lambda path: [dict(parsed_json(line)) for line in path.read_bytes().splitlines()]) or []
+    return _parsed(path, lambda path: [dict(parsed_json(line)) for line in whole_lines(path)]) or []
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -221,8 +220,16 @@ def read_confusions(folder: Path) -> dict[str, list[Pair]]:
 
 
 def _read_pairs(path: Path) -> list[Pair]:
-    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    rows = csv.DictReader(whole_lines(path))
     return [Pair(row["true"], row["predicted"], int(row["answers"]), int(row["of"])) for row in rows]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a text; raises ValueError if the last one is cut off, and so may hold another number."""
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        raise ValueError("its last line is cut off")
+    return text.splitlines()
 
 
 def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
@@ -231,7 +238,7 @@ def _parsed(path: Path, parse: Callable[[Path], Parsed]) -> Parsed | None:
         return None
     try:
         return parse(path)
-    except (AttributeError, KeyError, TypeError, ValueError, EOFError, OSError, zipfile.BadZipFile, csv.Error) as error:
+    except Exception as error:  # readers raise nearly any type on bytes that are none of theirs
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}). Remove it and run its script again"
         ) from error

@@ -31,6 +31,7 @@ from utils.files import parsed_json, write_csv, write_text
 from utils.options import Options, declaration
 from utils.progress import set_up_logging
 from utils.published import MARKS, SCRIPTS, Published
+from utils.records import whole_lines
 from utils.scores import is_ensemble
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _read(logs: Path) -> list[Tested]:
         return list(_tests(logs))
     except FileNotFoundError as error:
         log.warning("%s is left out: there is no %s", logs.parent, error.filename)
-    except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
+    except Exception as error:  # whatever they hold
         log.warning("%s is left out: %s", logs.parent, error if isinstance(error, UserError) else repr(error))
     return []
 
@@ -155,8 +156,7 @@ def _tests(logs: Path) -> Iterator[Tested]:
 
 def _training(logs: Path) -> dict[str, Any]:
     """Return what a training cost and where; hours and memory are None where they are not recorded."""
-    with (logs / "summary_statistics.csv").open(newline="") as file:
-        epochs = list(csv.DictReader(file))
+    epochs = list(csv.DictReader(whole_lines(logs / "summary_statistics.csv")))
     environments = read_environments(logs / "environment.json")
     devices, commits = (list(dict.fromkeys(_place(e)[k] for e in environments)) for k in (0, 1))
     return {

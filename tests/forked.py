@@ -1,0 +1,152 @@
+"""The project's commands as real processes that may be killed at a chosen moment.
+
+They are forked from this process, so that none of them spends seconds on importing torch.
+"""
+
+import mmap
+import os
+import runpy
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events with a path
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+class Command:
+    """A command is the script `words[0]` with its arguments, or a function, in a process of its own."""
+
+    def __init__(
+        self, output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None] = nothing
+    ) -> None:
+        """Start it in the project's folder. What it prints goes to `output`; it calls `prepare` first."""
+        self.output, self.begun = output, time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        self._status: int | None = None
+        if self.pid == 0:
+            _become(output, words, prepare)
+
+    def status(self) -> int | None:
+        """Return the exit status, negative after a signal; None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Return the exit status; raises TimeoutError, after having killed it, where it does not end in time."""
+        if not self.ends_within(seconds):
+            self.kill()
+            raise TimeoutError(f"a command did not end within {seconds} s:\n{self.printed()}")
+        status = self.status()
+        assert status is not None
+        return status
+
+    def ends_within(self, seconds: float) -> bool:
+        """Return whether it ends in time."""
+        return until(lambda: self.status() is not None, seconds)
+
+    def halts(self) -> bool:
+        """Wait until it has stopped itself by `halt`, and return whether it has."""
+        return until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+
+    def kill(self) -> None:
+        """Kill it, if it runs, without a chance to clean up."""
+        if self.status() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.ends_within(30)
+
+    def printed(self) -> str:
+        return self.output.read_text(errors="replace")
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
+    """Return whether the condition came true in time."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return bool(met)
+
+
+def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None]) -> None:
+    """Run the command in this, the forked process, and end it; there is no way back into the code of the parent."""
+    status = 1
+    try:
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for standard in (1, 2):
+            os.dup2(file, standard)
+        sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(ROOT)
+        prepare()
+        if callable(words):
+            status = words()
+        else:
+            sys.argv = list(words)
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            status = 120  # as Python does where what was printed last cannot be written
+        finally:
+            os._exit(status)
+
+
+class Operations:
+    """Counts what a process does to the files below a folder: opens, renames, removes, makes folders.
+
+    `watch` is for `Command`'s prepare, `at` makes such. The count is in memory that the processes share.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self._shared = mmap.mmap(-1, 8)
+
+    @property
+    def count(self) -> int:
+        return int(struct.unpack("q", self._shared[:8])[0])
+
+    def at(self, number: int, act: Callable[[], None]) -> Callable[[], None]:
+        """Return what makes a command `act` just before its operation of that number."""
+        return partial(self.watch, number, act)
+
+    def watch(self, number: int = 0, act: Callable[[], None] = nothing) -> None:
+        """Count what this process does from now on; `act` just before the operation of that number, from 1."""
+        own = os.getpid()  # the processes that it forks are not watched
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event in CHANGES and str(arguments[0]).startswith(self.folder) and os.getpid() == own:
+                self._shared[:8] = struct.pack("q", self.count + 1)
+                if self.count == number:
+                    act()
+
+        sys.addaudithook(hook)
+
+
+def die() -> None:
+    """Kill this process without a chance to clean up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def halt() -> None:
+    """Stop this process until it gets a SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
