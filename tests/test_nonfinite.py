@@ -251,12 +251,22 @@ def test_an_epoch_of_which_nothing_is_left_keeps_the_weights_and_has_no_loss(
     assert row["skipped"] == 4 and math.isnan(row["train_loss"]) and math.isfinite(row["val_loss"])
 
 
-@pytest.mark.parametrize(("on_nonfinite", "updates"), [("stop", 4), ("skip", 2)])
+def test_means_of_an_epoch_go_over_the_iterations_that_counted(toy_data: Path, tmp_path: Path) -> None:
+    options = parse_args(command(toy_data, tmp_path))
+    experiment = Experiment(options, build_learner("cpu", options))
+    experiment.sums |= {"loss": 6.0, "accuracy": 1.5, "skipped": 1.0}
+    experiment.model.iterations_done = 2 * options.total_iter_per_epoch
+    assert experiment._means() == (2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "updates"), [(["--on_nonfinite", "stop"], 4), (["--on_nonfinite", "skip", "--max_skipped", "0"], 2)]
+)
 def test_weights_that_are_not_finite_stop_the_run_and_are_not_saved(
-    on_nonfinite: str, updates: int, toy_data: Path, tmp_path: Path
+    words: list[str], updates: int, toy_data: Path, tmp_path: Path
 ) -> None:
     """They are lost by the last update of an epoch, after which only saving would see it, or before an iteration."""
-    options = parse_args(command(toy_data, tmp_path, "--on_nonfinite", on_nonfinite))
+    options = parse_args(command(toy_data, tmp_path, *words))
     model = build_learner("cpu", options)
     name, weight = second_layer(model)
     left = [updates]
