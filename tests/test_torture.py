@@ -1,6 +1,5 @@
 """The short form of `make torture`: whatever is done to the program, nothing is lost and every error is one line."""
 
-import random
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -12,9 +11,7 @@ from tests.torture_lab import Lab
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    seed = random.randrange(10**6)
-    print(f"to repeat this: python -m tests.torture --short --seed {seed}")
-    with closing(Lab(tmp_path_factory.mktemp("torture"), seed, short=True)) as lab:
+    with closing(Lab(tmp_path_factory.mktemp("torture"), seed=0, short=True)) as lab:
         yield lab
 
 
