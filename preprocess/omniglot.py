@@ -5,7 +5,8 @@ characters its authors drew is not published, so it is a seeded draw of our own.
 """
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from preprocess.archives import members, open_zip
-from preprocess.sources import DataSet, Published, Source
+from preprocess.sources import DataSet, Published, Source, check
 from preprocess.writing import Picture
 from utils.errors import UserError
 from utils.images import open_image
@@ -37,17 +38,20 @@ MEMBER = re.compile(r"(?:.*/)?(\w+)/([\w()-]+)/(character\d+)/(\w+\.png)", re.AS
 def pictures(archives: Path) -> Iterator[Picture]:
     """Yield the drawings of both archives, made small, of classes ALPHABET_characterNN.
 
-    UserError, before the first, where an archive has not all its characters, or one that is in both.
+    UserError, before the first, where an archive has not all its characters and drawings, or one that is in both.
     """
     drawings = {path: _drawings(path) for path in (archives / f"{archive}.zip" for archive in ARCHIVES)}
-    split_of = draw_split({class_name for of_archive in drawings.values() for class_name, _ in of_archive.values()})
+    images = Counter(class_name for of_archive in drawings.values() for class_name, _ in of_archive.values())
+    split_of = draw_split(images.keys())
+    contents = {split: {name: images[name] for name in images if split_of[name] == split} for split in SPLIT_SIZES}
+    check("omniglot", contents, PUBLISHED)
     for path, of_archive in drawings.items():
         for name, content in members(path, ORIGIN, of_archive.__contains__, MAX_BYTES):
             class_name, file = of_archive[name]
             yield Picture(split_of[class_name], class_name, file, np.asarray(shrink(content, f"{name!r} in {path}")))
 
 
-def draw_split(names: set[str]) -> dict[str, str]:
+def draw_split(names: Collection[str]) -> dict[str, str]:
     """Return class name -> split: a permutation of the sorted names, cut at 1150 and 1200. UserError if not 1623."""
     wanted = sum(SPLIT_SIZES.values())
     if len(names) != wanted:

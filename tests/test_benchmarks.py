@@ -25,7 +25,7 @@ TINY = ["--size", "16", "--filters", "4", "--targets", "2", "--shots", "1"]
 SCRIPTS = {
     "iteration": [*TINY, "--rounds", "1", "--methods", "MAML", "--peers"],
     "evaluation": [*TINY, "--rounds", "1", "--methods", "CxGrad"],
-    "explain": [*TINY, "--methods", "MAML"],
+    "explain": [*TINY, "--methods", "MAML", "--shots", "5"],
     "head_training": ["--networks", "conv64", "--heads", "Ridge", "--sizes", "32", "--rounds", "1"],
     "svm_head": ["--shots", "1", "--dims", "16", "--rounds", "1"],
     "augmentation": ["--sizes", "32", "--rounds", "1"],

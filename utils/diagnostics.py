@@ -37,14 +37,15 @@ Series = dict[str, Tensor]  # name -> (steps, tasks)
 
 
 def diagnose(model: FewShotLearner, episodes: Episodes, epoch: int) -> dict[str, Any]:
-    """Return the record of an epoch: the model on the first `TASKS` of these tasks."""
-    record: dict[str, Any] = {"epoch": epoch, "iterations": model.iterations_done, "tasks": TASKS}
+    """Return the record of an epoch: the model on the first `TASKS` of these tasks, or on all that are validated on."""
+    number = min(TASKS, model.options.num_evaluation_tasks)
+    record: dict[str, Any] = {"epoch": epoch, "iterations": model.iterations_done, "tasks": number}
     record["peak_memory_gib"] = rounded(peak_memory_gib(model.device))
     for module in model.modules():
         if isinstance(module, DropBlock):
             record["dropblock_keep"] = rounded(1 - module.fraction().item())
     with untouched(model):
-        tasks = model._to_device(episodes.batch(0, TASKS), model.options.evaluation_task[0])
+        tasks = model._to_device(episodes.batch(0, number), model.options.evaluation_task[0])
         parts = [_look(model, part) for part in model._passes(tasks)]
     joined = {name: torch.cat([part[name] for part in parts], 1).double().cpu() for name in parts[0]}
     return record | {"series": {name: summary(series) for name, series in joined.items()}}
