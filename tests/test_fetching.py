@@ -410,7 +410,7 @@ def test_two_processes_that_fetch_one_file_transfer_it_once(server: Server, tmp_
     wait_for(lambda: part_of(tmp_path).exists())
     second = start(server, tmp_path)
     assert second.stdout is not None
-    assert "waiting for another process" in second.stdout.readline()
+    assert f"waiting for process {first.pid} on " in second.stdout.readline()
     first.kill()
     first.communicate()
     _, error = second.communicate(timeout=60)
