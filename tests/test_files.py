@@ -154,11 +154,12 @@ def test_a_new_folder_that_another_process_takes_for_a_leftover_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That may happen between its making and its locking."""
-    opened, taken = os.open, []
+    opened = os.open
+    taken: list[Path] = []
 
     def open_late(path: Any, *flags: int) -> int:
         if not taken and Path(path).suffix == ".partial":
-            taken.append(path)
+            taken.append(Path(path))
             Path(path).rmdir()
         return opened(path, *flags)
 

@@ -70,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a CSV file; its columns are the keys of all rows, and a row that lacks one, being older, is empty there."""
+    """Replace a CSV file; its columns are the keys of all rows, and a row that lacks one is empty there."""
     text, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, fieldnames=[*columns], lineterminator="\n")
     writer.writeheader()
