@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from utils.errors import UserError
-from utils.files import move_aside, only_process, replace_file, replace_folder, write_text
+from utils.files import move_aside, only_process, replace_file, replace_folder, write_csv, write_text
 
 FORK = multiprocessing.get_context("fork")
 
@@ -91,8 +91,13 @@ def test_a_text_may_hold_names_of_files_that_are_not_unicode(tmp_path: Path) -> 
     assert (tmp_path / "results.md").read_bytes() == b"caf\\udce9, caf\xc3\xa9"
 
 
+def test_a_csv_file_has_the_columns_of_all_its_rows(tmp_path: Path) -> None:
+    write_csv(tmp_path / "log.csv", [{"epoch": 1, "loss": 2.5}, {"epoch": 2, "skipped": 1, "loss": 1.5}])
+    assert (tmp_path / "log.csv").read_text() == "epoch,loss,skipped\n1,2.5,\n2,1.5,1\n"
+
+
 def test_a_lock_with_a_purpose_says_who_holds_it_and_since_when(tmp_path: Path) -> None:
-    holder = rf"process {os.getpid()} on {platform.node()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d is training in"
+    holder = rf"process {os.getpid()} on {platform.node()} \(since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\) is training in"
     with only_process(tmp_path, "training"):
         for _ in range(2):  # the one that is refused leaves the note as it is
             with pytest.raises(UserError, match=holder):
@@ -143,6 +148,25 @@ def test_a_folder_that_a_killed_writer_left_is_removed_and_a_living_writers_is_n
     with replace_folder(tmp_path / "folder"):
         pass
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_new_folder_that_another_process_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may happen between its making and its locking."""
+    opened = os.open
+    taken: list[Path] = []
+
+    def open_late(path: Any, *flags: int) -> int:
+        if not taken and Path(path).suffix == ".partial":
+            taken.append(Path(path))
+            Path(path).rmdir()
+        return opened(path, *flags)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with replace_folder(tmp_path / "folder") as folder:
+        (folder / "file").write_text("whole")
+    assert taken and names(tmp_path) == ["folder"]
 
 
 def test_files_that_are_moved_aside_twice_in_a_second_lie_in_two_folders(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from tests.made_runs import (
     CSV_HEADER,
     HEAD,
+    ROWS,
     result,
     write_confusion,
     write_episode,
@@ -84,6 +85,11 @@ def test_damaged_file_is_named(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=Path(name).name):
         read_run(folder)
+
+
+def test_epochs_of_before_a_column_was_recorded_have_none_of_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [f"{ROWS[0]},", f"{ROWS[1]},2"], f"{CSV_HEADER},skipped")
+    assert [epoch.skipped for epoch in read_run(folder).epochs] == [None, 2]
 
 
 def test_a_run_is_read_as_far_as_it_has_come(folder: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from tests.browser import Browser
 from tests.made_runs import (
+    CSV_HEADER,
+    ROWS,
     result,
     write_confusion,
     write_episode,
@@ -38,6 +40,13 @@ def test_heading_names_the_run_its_length_and_its_best_epoch(folder: Path) -> No
     heading, validation, *_ = report_of(folder).splitlines()
     assert heading == "glyphs_5way1shot/CxGrad_4conv: trained to epoch 3, iteration 1,500, in 3.0 min"
     assert validation == "Best validation accuracy 73.46 ± 1.11 % (95 % CI per episode), epoch 2"
+
+
+def test_heading_says_how_many_iterations_were_left_out(tmp_path: Path) -> None:
+    rows = [f"{row},{skipped}" for row, skipped in zip(ROWS, ("", 0, 2), strict=True)]
+    folder = write_run(tmp_path / "glyphs_5way1shot" / "CxGrad_4conv", rows, f"{CSV_HEADER},skipped")
+    heading, *_ = report_of(folder).splitlines()
+    assert heading.endswith("iteration 1,500, 2 of them left out (not finite), in 3.0 min")
 
 
 def test_table_has_a_row_per_data_set_with_both_models_side_by_side(folder: Path) -> None:

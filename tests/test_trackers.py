@@ -147,6 +147,7 @@ def test_the_tracker_of_the_document_gets_every_epoch_and_the_test(
     of_epochs = [line for line in epochs if "loss/train" in line]
     assert [line["iteration"] for line in of_epochs] == [4, 8, 12]
     assert [line["loss/train"] for line in of_epochs] == [row["train_loss"] for row in history(tmp_path)]
+    assert [line["skipped/train"] for line in of_epochs] == [0, 0, 0]
     assert test["experiment"] == "experiment" and {"test/toy_1shot_single", "test/toy_1shot_ensemble"} < {*test}
 
 

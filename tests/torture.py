@@ -109,7 +109,7 @@ def runs(lab: Lab) -> Problems:
         second = lab.start(training, name="second")
         problem = not_one_line(second, lab.work) if second.wait() else "the second run was not refused"
         if not problem and not re.search(
-            rf"process {first.pid} on {platform.node()}, since \d{{4}}-", second.printed()
+            rf"process {first.pid} on {platform.node()} \(since \d{{4}}-", second.printed()
         ):
             problem = f"the first run is not named: {second.printed()}"
         os.kill(first.pid, end)

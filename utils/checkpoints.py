@@ -68,7 +68,7 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > path.stat().st_size:
-            raise ValueError("torch packs nothing")
+            raise ValueError("parts of it are compressed, which torch never does")
         if member := archive.testzip():
             raise ValueError(f"wrong checksum of {member}")
 

@@ -70,9 +70,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a CSV file; the first row's keys are the columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
+    """Replace a CSV file; its columns are the keys of all rows, and a row that lacks one is empty there."""
+    text, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=[*columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -153,7 +153,7 @@ def only_process(folder: Path, purpose: str | None = None) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(OSError):  # on a full disk the lock holds all the same
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%F %T')}".encode())
+            lock.write(f"process {os.getpid()} on {platform.node()} (since {time.strftime('%F %T')})".encode())
         yield
 
 
@@ -180,7 +180,10 @@ def _temporary_folder(path: Path) -> tuple[Path, int]:
     while True:
         folder = _beside(path)
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover
+            continue
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.fstat(lock).st_nlink:

@@ -98,7 +98,7 @@ def curves(row: Mapping[str, float], iterations: int) -> dict[str, float]:
         for prefix, split in names.items():
             if name.startswith(prefix):
                 found[f"{name.removeprefix(prefix)}/{split}"] = value
-    return found | ({"unsolved/train": row["unsolved"]} if "unsolved" in row else {})
+    return found | {f"{name}/train": row[name] for name in ("unsolved", "skipped") if name in row}
 
 
 def curves_inside(record: Mapping[str, Any]) -> dict[str, float]:

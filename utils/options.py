@@ -199,9 +199,9 @@ class Options:
     )
     on_nonfinite: str = tuned(
         "stop",
-        "what a pixel, loss or gradient does that is not finite, or a head that is not solved. stop: it ends the run; "
-        "skip: it leaves out the iteration, for which the host waits for a GPU in each, and answers to validation and "
-        "test tasks count as guesses",
+        "what happens where a pixel, loss or gradient is not finite, or a head is not solved. stop: the run ends; "
+        "skip: the iteration is left out, and answers to validation and test tasks that are not finite count as "
+        "guesses; the host then waits for the GPU in every iteration",
         choices=("stop", "skip"),
     )
     max_skipped: int = free(

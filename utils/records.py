@@ -162,7 +162,7 @@ def read_epochs(folder: Path) -> list[Epoch]:
 
 
 def _epoch(row: Mapping[str, str]) -> Epoch:
-    return Epoch(**{name: float(row[name]) for name in Epoch._fields if name in row})
+    return Epoch(**{name: float(row[name]) for name in Epoch._fields if row.get(name)})
 
 
 def read_diagnostics(folder: Path) -> list[dict[str, Any]]:

@@ -41,8 +41,10 @@ def write_report(run: Run) -> str:
 def summary(run: Run) -> tuple[str, str]:
     """Return a sentence on the training and one on the validation."""
     best, last = run.best, run.epochs[-1]
+    skipped = sum(epoch.skipped or 0 for epoch in run.epochs)
+    left_out = f"{skipped:,.0f} of them left out (not finite), " if skipped else ""
     return (
-        f"trained to epoch {last.epoch:.0f}, iteration {last.iterations:,.0f}, "
+        f"trained to epoch {last.epoch:.0f}, iteration {last.iterations:,.0f}, {left_out}"
         f"in {_duration(sum(epoch.seconds for epoch in run.epochs))}",
         f"Best validation accuracy {100 * best.val_accuracy:.2f} ± {100 * best.val_ci95_per_episode:.2f} % "
         f"(95 % CI per episode), epoch {best.epoch:.0f}",
