@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.files import parsed_json, replace_file
 from utils.images import ImageShape, Listing, decode_all, list_classes
 from utils.names import find_dataset, missing_dataset
 
@@ -124,7 +124,7 @@ def _load(stem: Path, listing: Listing, image_shape: ImageShape) -> Cached | Non
             file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
             if file.read() != hashlib.sha256(text).digest():
                 return None
-        meta = json.loads(text)
+        meta = parsed_json(text)
         if (meta["format"], meta["fingerprint"]) != (FORMAT, listing.fingerprint):
             return None
         images = np.load(stem.with_suffix(".npy"), mmap_mode="r")
@@ -132,7 +132,7 @@ def _load(stem: Path, listing: Listing, image_shape: ImageShape) -> Cached | Non
         if not fits or _checksum(images) != meta["checksum"]:
             log.warning("the image cache %s is damaged and is built anew", stem.with_suffix(".npy"))
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # or its description is of another kind
         return None
     return images, meta
 
