@@ -357,12 +357,21 @@ class Experiment:
         """Take over the training state that was read from `path`; raises UserError if it is not one of this run."""
         check_training_state(path, state)
         self._compare_options(state["options"], "resume")
+        epochs, done, per_epoch = len(state["history"]), state["iterations_done"], self.options.total_iter_per_epoch
+        if not epochs * per_epoch <= done <= (epochs + 1) * per_epoch:
+            raise UserError(
+                f"{path} is damaged: {done} iterations do not belong to {epochs} finished epochs of {per_epoch}"
+            )
         self.model.load_state(state, path)
+        if lost := self.model.not_finite():
+            raise UserError(
+                f"{path}: {lost[0]} is not finite, so training cannot go on from it; --continue_from_epoch N takes the "
+                "checkpoint of an earlier epoch"
+            )
         self.history, self.normalization = state["history"], state["normalization"]
         self.images = state.get("images", {})  # which earlier versions did not keep
         self.sums |= state["sums"]
-        done = self.model.iterations_done
-        log.info("going on from %s: %d epochs, %d iterations done", path, len(self.history), done)
+        log.info("going on from %s: %d epochs, %d iterations done", path, epochs, done)
 
     def _compare_options(self, before: Mapping[str, Any], purpose: Literal["resume", "test"]) -> None:
         """Do with each option that differs from the run's what its declaration says; may raise UserError."""
@@ -402,6 +411,8 @@ def check_training_state(path: Path, state: Mapping[str, Any]) -> None:
         raise UserError(
             f"{path} holds weights only, no training state; test.py can test it, but it cannot be continued"
         )
+    if [row["epoch"] for row in state["history"]] != [*range(1, len(state["history"]) + 1)]:
+        raise UserError(f"{path} is damaged: its epochs are not numbered 1, 2, ...")
 
 
 def iterations_between_readings(seconds_per_iteration: float) -> int:

@@ -69,7 +69,7 @@ class MAMLFewShotClassifier(FewShotLearner):
         args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults.
     """
 
-    cure = "Lower --init_inner_loop_learning_rate or --meta_learning_rate"
+    cure = "Lower --meta_learning_rate, or in a new experiment --init_inner_loop_learning_rate"
 
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__(im_shape, device, args)

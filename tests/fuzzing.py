@@ -129,7 +129,9 @@ def furnish() -> None:
         made_runs.write_results(run, made_runs.result("toy", 0.5))
     row = dict(zip(made_runs.CSV_HEADER.split(","), (float(x) for x in made_runs.ROWS[0].split(",")), strict=True))
     state = {"options": dataclasses.asdict(options), "normalization": None, "history": [row], "sums": {}}
-    build_learner("cpu", options).save_model(run / "saved_models" / "best", state)
+    model = build_learner("cpu", options)
+    model.iterations_done = int(row["iterations"])
+    model.save_model(run / "saved_models" / "best", state)
     export.export(run, Path(EXPORTED))
     Path(OPTIONS_FILE).write_text(json.dumps({"batch_size": 3, "second_order": "False"}))
     for made in (RUN, OTHER, EXPORTED):

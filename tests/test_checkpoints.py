@@ -49,6 +49,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ("sums", {"loss": "x"}),
         ("iterations_done", "many"),
         ("form", {"tasks": 3}),
+        ("form", {"tasks_per_pass": 0, "captured": False}),
+        ("form", {"tasks_per_pass": 1, "captured": False, "more": 1}),
     ],
 )
 def test_parts_of_another_kind_are_named(part: str, value: object, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -26,7 +27,7 @@ from data import Episodes, base_seed, check_tests, sample_task
 from tests.golden import facts
 from utils.errors import UserError
 from utils.image_cache import Split, open_split
-from utils.images import decode_image
+from utils.images import decode_image, list_classes
 from utils.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,6 +274,17 @@ def test_class_of_which_no_image_can_be_read_is_named(toys: Path) -> None:
 
 
 # --- the cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"{}", b"[" * 100_000, b'{"format": 2, "fingerprint": "ours"}'])
+def test_a_cache_whose_description_is_of_another_kind_is_built_anew(toys: Path, text: bytes) -> None:
+    """Even where the array ends with the hash of that description."""
+    expected = np.array(_toys(toys).images)
+    array, fingerprint = _cache(toys, "npy"), list_classes(toys / "TOYS" / "train").fingerprint
+    text = text.replace(b"ours", fingerprint.encode())
+    _cache(toys, "json").write_bytes(text)
+    array.write_bytes(array.read_bytes()[:-32] + hashlib.sha256(text).digest())
+    np.testing.assert_array_equal(_toys(toys).images, expected)
 
 
 def test_cache_is_used_again_and_holds_its_statistics(toys: Path) -> None:

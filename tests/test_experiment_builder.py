@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -612,6 +613,20 @@ def test_a_checkpoint_without_a_part_of_the_training_state_is_not_continued(
     checkpoints.save(state, tmp_path / "latest")
     with pytest.raises(UserError, match="latest holds weights only, no training state"):
         main(command(toy_data, tmp_path, "--save_path", str(tmp_path), *more))
+
+
+def test_a_training_state_that_no_run_leaves_is_not_continued(toy_data: Path, finished: Path, tmp_path: Path) -> None:
+    (latest,) = finished.glob("*/*/saved_models/latest")
+    state = checkpoints.load(latest)
+    broken = {name: torch.full_like(tensor, math.nan) for name, tensor in state["network"].items()}
+    for changes, message in (
+        ({"iterations_done": 7}, "latest is damaged: 7 iterations do not belong to 3 finished epochs of 4"),
+        ({"history": state["history"][1:]}, "latest is damaged: its epochs are not numbered 1, 2"),
+        ({"network": broken}, r"latest: .* is not finite, so training cannot go on from it.*--continue_from_epoch N"),
+    ):
+        checkpoints.save(state | changes, tmp_path / "latest")
+        with pytest.raises(UserError, match=message):
+            main(command(toy_data, tmp_path, "--save_path", str(tmp_path)))
 
 
 def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_stored_arrays_are_the_full_recordings(program: str, shared: Path) -> No
                 np.testing.assert_array_equal(array, full[name], err_msg=f"{file.stem}/{name}")
 
 
+def test_stored_facts_are_those_beside_the_recordings(shared: Path) -> None:
+    for name in compress.FACTS:
+        assert (HERE / Path(name).name).read_bytes() == (shared / "golden" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("case", recipes.EPISODES)
 def test_remade_episodes_are_the_recorded_ones(case: str, shared: Path) -> None:
     made = recipes.episode(*recipes.EPISODES[case])

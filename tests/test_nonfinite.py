@@ -216,7 +216,7 @@ def test_a_run_stops_at_the_task_with_a_bad_image_and_without_it_goes_on_exactly
 
 
 def test_a_loss_that_grows_without_bound_stops_the_run(toy_data: Path, tmp_path: Path) -> None:
-    message = r"(loss|gradient) .*is (nan|inf) at iteration \d+ \(training tasks? \d+.*Lower --init_inner_loop_learning"
+    message = r"(loss|gradient) .*is (nan|inf) at iteration \d+ \(training tasks? \d+.*in a new experiment --init_inner"
     with pytest.raises(UserError, match=message):
         train(toy_data, tmp_path, "--contextual_grad", "false", "--init_inner_loop_learning_rate", "1e30")
 

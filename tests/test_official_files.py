@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import train_maml_system
+from tests.golden import facts
 from utils.options import DEAD_KEYS, Options, parse_args
 
 SPELLED = {"ResNet12": "ResNet-12"}  # otherwise a value is taken as it stands
@@ -45,9 +46,9 @@ Read = Callable[[dict[str, Any]], tuple[Options, list[str]]]
 
 
 @pytest.fixture(scope="session")
-def listed(shared: Path) -> dict[str, list[Any]]:
+def listed() -> dict[str, list[Any]]:
     """Every key of the 48 files with its values."""
-    texts = json.loads((shared / "facts" / "official_json_keys.json").read_text())
+    texts = facts("official_json_keys")
     return {key: [json.loads(text) for text in values] for key, values in texts.items()}
 
 

@@ -120,6 +120,14 @@ def _is_history(rows: Any) -> bool:
     return isinstance(rows, list) and all(_are_named_numbers(row, "epoch", "val_accuracy") for row in rows)
 
 
+def _is_form(part: Any) -> bool:
+    """Return whether it is the fields of a `learner.Form`, or None."""
+    if part is None or not isinstance(part, dict):
+        return part is None
+    size, captured = part.get("tasks_per_pass"), part.get("captured")
+    return len(part) == 2 and isinstance(size, int) and size > 0 and isinstance(captured, bool)
+
+
 PLAIN = str | int | float | None  # what options are
 PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(PARTS, _are_weights),
@@ -129,7 +137,7 @@ PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sums", "images"), _are_named_numbers),
     "optimizer": lambda part: _is_named(part, "state", "param_groups"),
     "iterations_done": lambda number: isinstance(number, int) and number >= 0,
-    "form": lambda part: part is None or _is_named(part, "tasks_per_pass", "captured"),
+    "form": _is_form,
 }
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.files import parsed_json, replace_file
 from utils.images import ImageShape, Listing, decode_all, list_classes
 from utils.names import find_dataset, missing_dataset
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+IS_FIRST = os.environ.get("LOCAL_RANK", "0") == "0"  # of a run's processes on this machine; it checks what all read
 FORMAT = 2  # raise it when the same files would give other bytes
 Cached = tuple[np.ndarray, dict[str, Any]]  # images (N, H, W, C) and the JSON file, see `_build`
 
@@ -124,24 +126,29 @@ def _load(stem: Path, listing: Listing, image_shape: ImageShape) -> Cached | Non
             file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
             if file.read() != hashlib.sha256(text).digest():
                 return None
-        meta = json.loads(text)
+        meta = parsed_json(text)
         if (meta["format"], meta["fingerprint"]) != (FORMAT, listing.fingerprint):
             return None
         images = np.load(stem.with_suffix(".npy"), mmap_mode="r")
         fits = images.shape == (sum(meta["class_sizes"].values()), height, width, channels) and images.dtype == np.uint8
-        if not fits or _checksum(images) != meta["checksum"]:
+        place = stem.with_suffix(".npy"), images.offset, images.nbytes, stem.with_suffix(".npy").stat().st_mtime_ns
+        if not fits or (IS_FIRST and _checksum(*place) != meta["checksum"]):
             log.warning("the image cache %s is damaged and is built anew", stem.with_suffix(".npy"))
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # or its description is of another kind
         return None
     return images, meta
 
 
-def _checksum(images: np.memmap) -> int:
-    """Return the CRC-32 of the pixels in a cache's file, read in pieces: a map would count as this process's memory."""
-    checksum, left = 0, images.nbytes
-    with open(images.filename, "rb") as file:  # type: ignore[arg-type]
-        file.seek(images.offset)
+@cache
+def _checksum(file_name: Path, offset: int, left: int, written: int) -> int:
+    """Return the CRC-32 of the pixels in a cache's file as it was `written`, which is read once in a process.
+
+    It is read in pieces: a map would count as this process's memory.
+    """
+    checksum = 0
+    with file_name.open("rb") as file:
+        file.seek(offset)
         while piece := file.read(min(left, 2**20)):
             checksum, left = zlib.crc32(piece, checksum), left - len(piece)
     return checksum

@@ -44,7 +44,7 @@ class Listing(NamedTuple):
     root: Path
     class_sizes: dict[str, int]  # classes sorted by name
     files: list[str]  # CLASS/FILE, class after class, sorted by name within each
-    fingerprint: str  # changes with any file's name, size, modification time or time of the last change of any kind
+    fingerprint: str  # changes with any file's name, size or modification time
 
 
 def list_classes(root: Path) -> Listing:
@@ -63,7 +63,7 @@ def list_classes(root: Path) -> Listing:
         for image in images:
             stat = image.stat(follow_symlinks=not _is_broken_link(image))
             files.append(f"{folder.name}/{image.name}")
-            digest.update(os.fsencode(f"{files[-1]}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0"))
+            digest.update(os.fsencode(f"{files[-1]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
     if not files:
         raise UserError(f"{root} holds no class folders. Put its images at {root}/CLASS/*.png (or .jpg).")
     return Listing(root, class_sizes, files, digest.hexdigest())

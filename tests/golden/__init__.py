@@ -28,5 +28,5 @@ def load(program: str, part: str) -> dict[str, np.ndarray]:
 
 
 def facts(name: str) -> Any:
-    """Return the content of one of the JSON files: `manifest`, `official_sampler` or `state_dicts`."""
+    """Return the content of a JSON file: `manifest`, `official_sampler`, `state_dicts` or `official_json_keys`."""
     return json.loads((HERE / f"{name}.json").read_text())

@@ -16,7 +16,10 @@ HERE = Path(__file__).resolve().parent
 FULL = HERE.parents[2] / "shared" / "golden"
 REMADE = re.compile(r"(x|y)_(support|target)|query|support|(support|query)_labels|rand_matrix|state/.*")
 HEAD_ARRAYS = re.compile(r"(?!dual|passes).*_(default|unnormalized|tiled|exact|f(32|64)_it\d+|nocheck_f64)|dual_exact")
-FACTS = ("cxgrad/manifest.json", "cxgrad/official_sampler.json", "metaoptnet/state_dicts.json")
+FACTS = (
+    *("cxgrad/manifest.json", "cxgrad/official_sampler.json", "metaoptnet/state_dicts.json"),
+    "../facts/official_json_keys.json",
+)
 
 
 def is_kept(part: str, name: str) -> bool:
