@@ -57,9 +57,10 @@ def query_logits(
             labels.append(batch.y_target.flatten(1))
             bar.update(len(batch.y_target))
     scores, answered = (distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels))
+    scores = checked_logits(scores, options, title)
     for model, sums in zip(models, counts, strict=True):
         model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in sums.items()})
-    return checked_logits(scores, options, title).transpose(0, 1), answered
+    return scores.transpose(0, 1), answered
 
 
 def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
