@@ -122,6 +122,20 @@ def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> N
     assert (tmp_path / "folder" / "file").read_text() == "new" and names(tmp_path) == ["folder"]
 
 
+def replace_often(path: Path) -> None:
+    for number in range(200):
+        with replace_folder(path) as folder:
+            (folder / "file").write_text(str(number))
+
+
+def test_several_writers_of_a_folder_take_turns(tmp_path: Path) -> None:
+    writers = [started(replace_often, tmp_path / "folder") for _ in range(3)]
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert names(tmp_path) == ["folder"] and (tmp_path / "folder" / "file").read_text() == "199"
+
+
 def test_a_folder_comes_back_where_its_writer_was_killed_between_two_renames(tmp_path: Path) -> None:
     (tmp_path / ".folder.earlier").mkdir()
     with pytest.raises(UserError, match="no room"), replace_folder(tmp_path / "folder"):

@@ -114,17 +114,21 @@ def replace_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
-        _settle(earlier, path)
+        with _alone_in(path.parent):
+            _settle(earlier, path)
         new, lock = _temporary_folder(path)
         try:
             yield new
-            if path.exists():
-                path.rename(earlier)
-            new.rename(path)
+            with _alone_in(path.parent):
+                try:
+                    if path.exists():
+                        path.rename(earlier)
+                    new.rename(path)
+                finally:
+                    _settle(earlier, path)
         finally:
             os.close(lock)
             shutil.rmtree(new, ignore_errors=True)
-            _settle(earlier, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
@@ -188,6 +192,18 @@ def _temporary_folder(path: Path) -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.fstat(lock).st_nlink:
             return folder, lock
+        os.close(lock)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time, of those that ask, rename what is in a folder; it leaves no file there."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where the file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(lock)
 
 
