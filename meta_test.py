@@ -137,18 +137,23 @@ def meta_test(
         if distributed.is_main():
             write_results(folder / "logs", tested)
             write_confusion(folder / "logs", episodes, logits[0])
-            for task, answered in enumerate(logits[0][:SAMPLES]):
-                number = f".{task + 1}" if task else ""
-                whole = io.BytesIO()  # a zip file that could not be ended would complain when Python forgets it
-                np.savez_compressed(whole, **sample_episode(episodes, answered, task))
-                with replace_file(folder / "visual_outputs" / f"sample_episode_{split.name}{number}.npz") as file:
-                    file.write(whole.getbuffer())
+            write_samples(folder / "visual_outputs", episodes, logits[0], split.name)
         for result in tested:
             log.info(describe(result))
         results += tested
     if len(options.test_dataset_list) > 1 and distributed.is_main():
         log.info(write_cross_domain(folder, results))
     return results
+
+
+def write_samples(folder: Path, episodes: Episodes, logits: Tensor, name: str) -> None:
+    """Write the first tasks and the answers to them, logits (tasks, way*query, way), to sample_episode_NAME[.K].npz."""
+    for task, answered in enumerate(logits[:SAMPLES]):
+        number = f".{task + 1}" if task else ""
+        whole = io.BytesIO()  # a zip file that could not be ended would complain when Python forgets it
+        np.savez_compressed(whole, **sample_episode(episodes, answered, task))
+        with replace_file(folder / f"sample_episode_{name}{number}.npz") as file:
+            file.write(whole.getbuffer())
 
 
 def check_disjoint(episodes: Episodes, tasks: int) -> None:

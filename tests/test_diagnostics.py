@@ -99,15 +99,17 @@ def test_records_are_added_and_those_of_a_dropped_branch_go(tmp_path: Path) -> N
         write_diagnostics(tmp_path, {"epoch": 3, "series": {}})
 
 
-def test_the_first_tasks_are_looked_at() -> None:
+@pytest.mark.parametrize(("validated_on", "looked_at"), [(600, TASKS), (2, 2)])
+def test_the_first_tasks_are_looked_at(validated_on: int, looked_at: int) -> None:
     asked = []
 
     def batch(first: int, tasks: int) -> Any:
         asked.append((first, tasks))
         return tiny_batch()
 
-    record = diagnose(tiny_model(), cast(Episodes, SimpleNamespace(batch=batch)), 3)
-    assert asked == [(0, TASKS)] and (record["epoch"], record["tasks"]) == (3, TASKS)
+    model = tiny_model(num_evaluation_tasks=validated_on)
+    record = diagnose(model, cast(Episodes, SimpleNamespace(batch=batch)), 3)
+    assert asked == [(0, looked_at)] and (record["epoch"], record["tasks"]) == (3, looked_at)
 
 
 @pytest.mark.parametrize(

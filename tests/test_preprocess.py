@@ -129,8 +129,9 @@ def test_a_missing_omniglot_archive_says_what_to_fetch_before_anything_is_writte
 
 
 def test_an_omniglot_archive_with_other_characters_or_drawings_is_named(
-    lake: dict[str, zipfile.ZipFile], tmp_path: Path
+    lake: dict[str, zipfile.ZipFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("preprocess.omniglot.shrink", None)  # before any drawing is decoded
     evaluation = tmp_path / "images_evaluation.zip"
     data = evaluation.read_bytes()
     evaluation.unlink()
