@@ -87,6 +87,11 @@ def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
     return logits.masked_fill(lost[:, :, None, None], 0)
 
 
+def guesses(logits: Tensor) -> int:
+    """Return the number of tasks, logits (tasks, way*query, way), to which `checked_logits` left no answer."""
+    return int((logits == 0).flatten(1).all(1).sum())
+
+
 def meta_test(
     model: FewShotLearner,
     options: Options,
@@ -131,7 +136,10 @@ def meta_test(
         names = [path.name for path, _ in checkpoints]
         scored = zip(labels, (names[:1], names), (logits[0], logits.mean(0)), strict=False)
         tested = [
-            protocol | {"model": label, "checkpoints": used} | score(scores, answers)._asdict()
+            protocol
+            | {"model": label, "checkpoints": used}
+            | score(scores, answers)._asdict()
+            | {"guessed": guesses(scores)}
             for label, used, scores in scored
         ]
         if distributed.is_main():
@@ -198,6 +206,7 @@ def describe(result: Mapping[str, Any]) -> str:
         f"± {result['ci95_per_query']:.2%} per query), {result['episodes']} episodes, "
         f"{result['query']} queries per class, {result['batch_norm']} batch norm"
         + (f", {result['head']} head" if result["head"] else "")
+        + (f", {result['guessed']} tasks guessed" if result["guessed"] else "")
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import captured_gradients
 import experiment_builder
+import meta_test
 from data import Episodes
 from experiment_builder import Experiment
 from few_shot_learning_system import MAMLFewShotClassifier, build_learner
@@ -182,7 +184,8 @@ def spoil_image(monkeypatch: pytest.MonkeyPatch, split: str, data: Path, tasks: 
         found = open_dataset(options, name, wanted)
         return dataclasses.replace(found, images=images) if wanted == split else found
 
-    monkeypatch.setattr(experiment_builder, "open_dataset", spoilt)
+    for module in (experiment_builder, meta_test):
+        monkeypatch.setattr(module, "open_dataset", spoilt)
     return task
 
 
@@ -292,6 +295,16 @@ def test_answers_that_are_not_finite_have_no_accuracy(
     train(toy_data, tmp_path, "--total_epochs", "1", "--on_nonfinite", "skip")
     assert re.search(f"{message}; they count as guesses", caplog.text)
     assert math.isfinite(history(tmp_path)[0]["val_loss"])
+
+
+def test_a_test_result_counts_the_tasks_that_were_guessed(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_image(monkeypatch, "test", toy_data, tasks=5)
+    main(command(toy_data, tmp_path, "--total_epochs", "2", "--on_nonfinite", "skip"))
+    single, ensemble = json.loads((folder_of(tmp_path) / "logs" / "test_summary.json").read_text())
+    assert 1 <= single["guessed"] == ensemble["guessed"] < 5
+    assert capsys.readouterr().out.count(f"transductive batch norm, {single['guessed']} tasks guessed\n") == 2
 
 
 @pytest.mark.parametrize("method", ["CxGrad", "Ridge", "SVM-CS"])
