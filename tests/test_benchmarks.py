@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from benchmarks import common, iteration, peers
 from benchmarks.explain import Call, Counting, Limits, counting, floors
 from benchmarks.peers import INNER_RATE, OUTER_RATE, STEPS, Batch, Step, moved, task_by_task
 from captured_gradients import WARM_UP
+from tests.forked import Command
 from tests.stand_in_cuda import stand_in_cuda
 from utils.synthetic import write_dataset
 
@@ -41,10 +41,11 @@ def test_a_benchmark_writes_a_record_without_a_failure(script: str, tmp_path: Pa
     extra = ["--experiments_dir", str(tmp_path / "experiments")] if script == "methods" else []
     if script == "methods":  # its rows are of 28 pixels, 1 shot and 15 queries
         write_dataset(tmp_path / "datasets" / "glyphs", 5, 16, (28, 28))
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *SCRIPTS[script], *extra]
-    command += ["--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
-    environment = os.environ | {"DATASET_DIR": str(tmp_path / "datasets")}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    words = [f"benchmarks/{script}.py", *SCRIPTS[script], *extra]
+    words += ["--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
+    variables = {"DATASET_DIR": str(tmp_path / "datasets")}
+    process = Command(tmp_path / "output", words, lambda: os.environ.update(variables))
+    assert process.wait() == 0, process.printed()
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
     assert record["benchmark"] == script

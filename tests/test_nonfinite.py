@@ -332,12 +332,9 @@ def spoilt(tasks, epoch, model=self, set_gradients=self._set_gradients):
     return report | {"losses": report["losses"] * float("nan")}, logits
 if distributed.rank() == 1:
     self._set_gradients = spoilt
-def count(model=self):
-    (updates,) = {int(state["step"]) for state in model.optimizer.state.values()}
-    print(f"{updates} updates\\n", end="")
-__import__("atexit").register(count)
+self.optimizer.register_step_post_hook(lambda *_: print("updated\\n", end=""))
 """
     status, output = train_with_two(tmp_path, toy_data, "--total_epochs", "2", "--on_nonfinite", "skip", act=spoil)
-    assert status == 0 and output.count("7 updates") == 2, output
+    assert status == 0 and output.count("updated") == 2 * 2, output  # of three iterations each
     left_out = "the loss is nan at iteration 5 (training task 11, --train_seed 0); left out, 1 of at most 10 iterations"
     assert output.count(left_out) == 1, output
