@@ -46,6 +46,7 @@ ROW = Row(
     query=15,
     episodes=600,
     batch_norm="transductive",
+    normalization="channel",
     adaptation="5 steps",
     iterations=50000,
     seeds=1,
@@ -97,7 +98,8 @@ def test_a_real_run_is_one_line_with_all_that_it_cost(finished: Path) -> None:
     assert row.single_pm == round(100 * single["ci95_per_episode"], 2)
     assert (row.method, row.network, row.trained_on, row.dataset) == ("CxGrad", "4-CONV", "toy", "toy")
     assert (row.way, row.shot, row.query, row.episodes) == (2, 1, 2, 5)
-    assert (row.batch_norm, row.adaptation, row.iterations, row.seeds) == ("transductive", "1 steps", 12, 1)
+    assert (row.batch_norm, row.normalization, row.adaptation) == ("transductive", "unit", "1 steps")
+    assert (row.iterations, row.seeds) == (12, 1)
     assert row.hours is not None and row.hours < 0.1 and row.peak_gib is not None and row.peak_gib > 0.05
     assert (row.device, row.commit) == (machine("cpu")["device"], commit())
 
@@ -179,6 +181,11 @@ def test_a_run_of_before_such_records_has_dashes(run: Callable[..., Path], tmp_p
 def test_methods_have_the_names_of_the_published_table(words: str, method: str) -> None:
     assert method_of(parse_args(words.split())) == method
     assert method in {line.method for line in LINES}
+
+
+def test_cxgrad_without_a_context_has_a_name_of_its_own() -> None:
+    words = ["--contextual_grad", "true", "--context_params_learning_rate", "0"]
+    assert method_of(parse_args(words)) == "CxGrad (zero context)"
 
 
 # --- beside what was published ----------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class Row:
     query: int
     episodes: int
     batch_norm: str
+    normalization: str  # of the pixels
     adaptation: str  # inner steps or the head, in the test
     iterations: int
     seeds: int
@@ -81,7 +82,7 @@ class Row:
     @property
     def name(self) -> tuple[object, ...]:
         """Return what two lines have in common of which the later replaces the earlier."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:11])
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:12])
 
     @property
     def title(self) -> str:
@@ -183,7 +184,7 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
     method = method_of(options)
     if options.learner == "gradient" and first.get("head"):
         method += " with another head"
-    names = ("trained_on", "dataset", "way", "shot", "query", "episodes", "batch_norm")
+    names = ("trained_on", "dataset", "way", "shot", "query", "episodes", "batch_norm", "normalization")
     values: dict[str, Any] = {name: first[name] for name in names} | dict(training)
     values |= {"method": method, "network": options.backbone, "seeds": 1}
     values |= {"single": single[0], "single_pm": single[1], "ensemble": ensemble[0], "ensemble_pm": ensemble[1]}
@@ -202,6 +203,8 @@ def methods_of(options: Any) -> list[str]:
     rules = [name for name, rule in RULES.items() if rule.chosen(options)]
     if "LSLR" in rules and options.use_multi_step_loss_optimization:
         rules[rules.index("LSLR")] = "MAML++"
+    if "CxGrad" in rules and not options.context_params_learning_rate:
+        rules[rules.index("CxGrad")] = "CxGrad (zero context)"
     if "ALFA" in rules and options.random_init:
         rules[rules.index("ALFA")] = "ALFA (random init)"
     return sorted(SPELLED.get(name, name) for name in rules) or ["MAML"]
@@ -256,8 +259,8 @@ def record(row: Row, lines: Sequence[Published]) -> dict[str, Any]:
 
 def markdown(rows: Iterable[Row], lines: Sequence[Published]) -> str:
     """Return the Markdown table, with its legend."""
-    header = "method, network;trained → tested on;task;published;single best;ensemble;batch norm;adaptation;iterations"
-    table = [[*header.split(";"), "episodes", "hours", "GiB", "device", "commit"]]
+    header = "method, network;trained → tested on;task;published;single best;ensemble;batch norm;pixels;adaptation"
+    table = [[*header.split(";"), "iterations", "episodes", "hours", "GiB", "device", "commit"]]
     table.append(["---"] * len(table[0]))
     for row in rows:
         values = record(row, lines)
@@ -269,6 +272,7 @@ def markdown(rows: Iterable[Row], lines: Sequence[Published]) -> str:
             values["published"] + (f" ({source})" if source else ""),
             *accuracies(row),
             row.batch_norm,
+            row.normalization,
             row.adaptation,
             f"{row.iterations:,}" + (f" of {of:,}" if of else ""),
             f"{row.episodes:,}",
