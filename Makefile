@@ -21,7 +21,7 @@ demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; 
 	@PYTHON="$(ENV_PYTHON)" bash experiment_scripts/demo.sh "$(or $(GPU),cpu)"
 
 # One thread a worker: two processes of one thread each are faster on two cores than one process of two.
-test: $(READY) ## run every test and print the coverage; ARGS="tests/test_data.py -k sampler" runs some
+test: $(READY) ## run every test, print the coverage; ARGS="tests/test_data.py -k sampler" runs some, prints none
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal $(or $(ARGS),--cov=.)
 
 torture: $(READY) ## kill, fill, damage and disturb everything, and count; ARGS="--only kills --seed 7"

@@ -105,7 +105,7 @@ class Experiment:
             self.observer.start(self.model.iterations_done)
             while len(self.history) < options.total_epochs:
                 self._train_epoch(training, tasks)
-                (logits,), labels = query_logits([self.model], validation, options, "validation")
+                (logits,), labels, _ = query_logits([self.model], validation, options, "validation")
                 self.observer.look(self.model, validation, len(self.history) + 1)
                 self._finish_epoch(score(logits, labels))
                 self.observer.epoch_done(self.history[-1])

@@ -33,10 +33,11 @@ SAMPLES = 3  # tasks of a test that are kept for the report
 
 def query_logits(
     models: Sequence[FewShotLearner], episodes: Episodes, options: Options, title: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what models answer to the first evaluation tasks, each of which is made once, on the CPU.
 
-    These are logits (models, tasks, way*query, way), see `checked_logits`, and labels (tasks, way*query).
+    These are logits (models, tasks, way*query, way), labels (tasks, way*query), and which answers were lost and are
+    guesses, (models, tasks): see `checked_logits`.
     """
     total = options.num_evaluation_tasks
     share = -(-total // distributed.world_size())  # the last process may go past the end; the surplus is cut off
@@ -57,21 +58,21 @@ def query_logits(
             labels.append(batch.y_target.flatten(1))
             bar.update(len(batch.y_target))
     scores, answered = (distributed.gather_tasks(torch.cat(parts))[:total].cpu() for parts in (logits, labels))
-    scores = checked_logits(scores, options, title)
+    scores, lost = checked_logits(scores, options, title)
     for model, sums in zip(models, counts, strict=True):
         model.check_scores({name: distributed.gather_tasks(n.view(1)).sum().item() for name, n in sums.items()})
-    return scores.transpose(0, 1), answered
+    return scores.transpose(0, 1), answered, lost.T
 
 
-def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
+def checked_logits(logits: Tensor, options: Options, title: str) -> tuple[Tensor, Tensor]:
     """Return logits (tasks, models, way*query, way) with zeros, which are guesses, where a model's are not finite.
 
-    That is a warning, and without ``on_nonfinite`` = skip a UserError: such numbers have no accuracy.
+    These places, (tasks, models), come with them. They are a warning, and without ``on_nonfinite`` = skip a UserError:
+    such numbers have no accuracy.
     """
-    finite = logits.isfinite().all(dim=(2, 3))  # (tasks, models)
-    if finite.all():
-        return logits
-    lost = ~finite
+    lost = ~logits.isfinite().all(dim=(2, 3))
+    if not lost.any():
+        return logits, lost
     tasks = lost.any(1).nonzero().flatten().tolist()
     which = f" of model {int(lost[tasks[0]].nonzero()[0]) + 1}" if lost.shape[1] > 1 else ""
     problem = (
@@ -84,12 +85,7 @@ def checked_logits(logits: Tensor, options: Options, title: str) -> Tensor:
             "--meta_learning_rate; --on_nonfinite skip lets such answers count as guesses"
         )
     log.warning("%s; they count as guesses", problem)
-    return logits.masked_fill(lost[:, :, None, None], 0)
-
-
-def guesses(logits: Tensor) -> int:
-    """Return the number of tasks, logits (tasks, way*query, way), to which `checked_logits` left no answer."""
-    return int((logits == 0).flatten(1).all(1).sum())
+    return logits.masked_fill(lost[:, :, None, None], 0), lost
 
 
 def meta_test(
@@ -118,7 +114,7 @@ def meta_test(
         split = open_dataset(options, dataset, "test")
         episodes = evaluation_episodes(split, options, model.device, normalization)
         check_disjoint(episodes, options.num_evaluation_tasks)
-        logits, answers = query_logits(models, episodes, options, split.name)
+        logits, answers, lost = query_logits(models, episodes, options, split.name)
         way, _, query = options.evaluation_task
         protocol = {
             "dataset": split.name,
@@ -134,13 +130,11 @@ def meta_test(
             **model.protocol(),
         }
         names = [path.name for path, _ in checkpoints]
-        scored = zip(labels, (names[:1], names), (logits[0], logits.mean(0)), strict=False)
+        guessed = int(lost[0].sum()), int(lost.any(0).sum())  # of an ensemble: by one of its models at least
+        scored = zip(labels, (names[:1], names), (logits[0], logits.mean(0)), guessed, strict=False)
         tested = [
-            protocol
-            | {"model": label, "checkpoints": used}
-            | score(scores, answers)._asdict()
-            | {"guessed": guesses(scores)}
-            for label, used, scores in scored
+            protocol | {"model": label, "checkpoints": used, "guessed": tasks} | score(scores, answers)._asdict()
+            for label, used, scores, tasks in scored
         ]
         if distributed.is_main():
             write_results(folder / "logs", tested)

@@ -7,15 +7,20 @@ import mmap
 import os
 import runpy
 import signal
+import socket
 import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
+ON_GPU = torch.cuda.is_available()  # a fork of a process that may have used a GPU cannot compute gradients
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events with a path
 
 
@@ -27,16 +32,23 @@ class Command:
     """A command is the script `words[0]` with its arguments, or a function, in a process of its own."""
 
     def __init__(
-        self, output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None] = nothing
+        self,
+        output: Path,
+        words: Sequence[str] | Callable[[], int],
+        prepare: Callable[[], None] = nothing,
+        anew: bool = False,
     ) -> None:
-        """Start it in the project's folder. What it prints goes to `output`; it calls `prepare` first."""
+        """Start it in the project's folder. What it prints goes to `output`; it calls `prepare` first.
+
+        `anew` starts a script in a new interpreter after all.
+        """
         self.output, self.begun = output, time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         self._status: int | None = None
         if self.pid == 0:
-            _become(output, words, prepare)
+            _become(output, words, prepare, anew)
 
     def status(self) -> int | None:
         """Return the exit status, negative after a signal; None while it runs."""
@@ -46,9 +58,9 @@ class Command:
         return self._status
 
     def wait(self, seconds: float = 120.0) -> int:
-        """Return the exit status; raises TimeoutError, after having killed it, where it does not end in time."""
+        """Return the exit status; raises TimeoutError where it does not end in time, and kills it and all its own."""
         if not self.ends_within(seconds):
-            self.kill()
+            self.kill_all()
             raise TimeoutError(f"a command did not end within {seconds} s:\n{self.printed()}")
         status = self.status()
         assert status is not None
@@ -68,8 +80,35 @@ class Command:
             os.kill(self.pid, signal.SIGKILL)
             self.ends_within(30)
 
+    def kill_all(self) -> None:
+        """Kill it with the processes that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.ends_within(30)
+
     def printed(self) -> str:
         return self.output.read_text(errors="replace")
+
+
+def run_two(folder: Path, words: Sequence[str], **variables: str) -> tuple[int, str]:
+    """Run a script in two processes of one group, with the variables that torchrun sets, but without it.
+
+    Return the higher exit status and what both printed; the files are written to `folder`.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes: list[Command] = []
+    for rank in range(2):
+        of_rank = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(Command(folder / f"output_{rank}", words, partial(os.environ.update, of_rank), anew=ON_GPU))
+    try:
+        statuses = [process.wait(180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill_all()
+    return max(statuses), "".join(process.printed() for process in processes)
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
@@ -80,23 +119,28 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
     return bool(met)
 
 
-def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None]) -> None:
+def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None], anew: bool) -> None:
     """Run the command in this, the forked process, and end it; there is no way back into the code of the parent."""
     status = 1
     try:
         os.setsid()
+        torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (1, 2):
             os.dup2(file, standard)
+        os.closerange(3, 4096)  # what the parent has open it may wait for the end of
         sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(ROOT)
         prepare()
         if callable(words):
             status = words()
+        elif anew:
+            os.execv(sys.executable, [sys.executable, str(ROOT / words[0]), *words[1:]])
         else:
-            sys.argv = list(words)
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            sys.argv, script = list(words), ROOT / words[0]
+            sys.path[:] = [str(script.parent), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+            runpy.run_path(str(script), run_name="__main__")
             status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

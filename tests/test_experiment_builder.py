@@ -29,7 +29,7 @@ from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from learner import Form
-from tests.forked import Command
+from tests.forked import run_two
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -479,21 +479,19 @@ sys.exit(entry.run(main))
 """
 
 
-def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", of_fork: bool = True) -> tuple[int, str]:
+def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", by_torchrun: bool = False) -> tuple[int, str]:
     """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output.
 
-    torchrun starts them; as forks they need not import torch anew, but torchrun then sees the end of one of them only.
+    Without torchrun they are forks, which need not import torch anew.
     """
     entry = folder / "two_processes.py"
     entry.write_text(TWO_PROCESSES)
     words = [str(entry), *command(data, folder, *extra)]
-    if not of_fork:
-        process = start(*words, AT_THE_SIXTH=act)
-        output, _ = process.communicate(timeout=180)
-        return process.returncode, output
-    forks = {"PET_RUN_PATH": "1", "PET_START_METHOD": "fork", "AT_THE_SIXTH": act}
-    forked = Command(folder / "output", words, lambda: os.environ.update(forks))
-    return forked.wait(180), forked.printed()
+    if not by_torchrun:
+        return run_two(folder, words, AT_THE_SIXTH=act)
+    process = start(*words, AT_THE_SIXTH=act)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
 
 
 @pytest.fixture(scope="session")
@@ -533,7 +531,7 @@ def test_a_killed_process_ends_the_run_at_once_and_the_run_goes_on_from_its_chec
 ) -> None:
     begun = time.monotonic()
     kill = f"if distributed.rank() == {rank}: os.kill(os.getpid(), signal.SIGKILL)"
-    status, output = train_with_two(tmp_path, toy_data, act=kill, of_fork=False)
+    status, output = train_with_two(tmp_path, toy_data, act=kill, by_torchrun=True)
     assert status == 2 and time.monotonic() - begun < 100, output
     last = output.splitlines()[-1]
     assert last.startswith(f"error: process {rank} (number {rank} on ") and "was killed by SIGKILL" in last, output
@@ -549,10 +547,10 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
     finished_by_two: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     """As Slurm does: it signals every process, and the launcher passes on the signal that it got."""
-    signals = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getppid(), signal.SIGTERM)"
-    status, output = train_with_two(tmp_path, toy_data, act=signals)
+    signals = "os.kill(os.getpid(), signal.SIGTERM)\nif not distributed.rank(): os.kill(os.getppid(), signal.SIGTERM)"
+    status, output = train_with_two(tmp_path, toy_data, act=signals, by_torchrun=True)
     assert status == 128 + signal.SIGTERM and "stopped and saved at iteration" in output, output
-    assert "error:" not in output and "Traceback" not in output
+    assert not re.search(r"^error:|Traceback", output, re.MULTILINE), output
     status, output = train_with_two(tmp_path, toy_data)
     assert status == 0, output
     assert_same(finished_by_two, tmp_path)
@@ -560,7 +558,7 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 
 def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp_path: Path) -> None:
     fail = "if distributed.rank() == 1: 1 / 0"
-    status, output = train_with_two(tmp_path, toy_data, act=fail, of_fork=False)
+    status, output = train_with_two(tmp_path, toy_data, act=fail, by_torchrun=True)
     assert status == 2 and "ZeroDivisionError" in output
     assert re.match(r"error: process 1 .* failed; its traceback is above", output.splitlines()[-1]), output
 
@@ -572,14 +570,13 @@ def test_two_machines_train_as_one_does_each_with_images_of_its_own(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
-    meeting |= {"PET_RDZV_ID": "toy", "PET_RUN_PATH": "1", "PET_START_METHOD": "fork"}
     machines = []
     for number in range(2):
         shutil.copytree(toy_data / "toy", tmp_path / f"data_{number}" / "toy")
-        words = [str(ROOT / "train_maml_system.py"), *command(tmp_path / f"data_{number}", tmp_path)]
-        machines.append(Command(tmp_path / f"output_{number}", words, lambda: os.environ.update(meeting)))
-    statuses = [machine.wait(180) for machine in machines]
-    assert statuses == [0, 0], [machine.printed() for machine in machines]
+        words = command(tmp_path / f"data_{number}", tmp_path)
+        machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
+    outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert all((tmp_path / f"data_{number}" / ".cache").exists() for number in range(2))
     assert_close_to(finished, tmp_path)
 

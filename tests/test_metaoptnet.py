@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributed.run import main as torchrun
 
 import head_learning_system
 import test as test_entry
 from augmentation import augment, crop_padding, draw
 from data import Episodes, base_seed, training_episodes
 from head_learning_system import HeadFewShotClassifier
-from tests.forked import ROOT, Command
+from tests.forked import run_two
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -207,15 +206,9 @@ def test_our_own_file_is_scored_with_another_head_way_and_shot(data: Path, finis
 
 def test_two_processes_average_their_gradients_and_running_statistics(data: Path, tmp_path: Path) -> None:
     """Each normalises by its own share of the batch, as replicas do; after an update they are one model."""
-    launcher = ["--standalone", "--nproc_per_node", "2", "--run-path", "--start-method", "fork"]
     words = line(data, tmp_path, "--num-epoch", "1", "--total_iter_per_epoch", "1", "--augment", "false")
-
-    def launch() -> int:
-        torchrun([*launcher, str(ROOT / "train_maml_system.py"), *words])
-        return 0
-
-    run = Command(tmp_path / "output", launch)
-    assert run.wait() == 0, run.printed()
+    status, output = run_two(tmp_path, ["train_maml_system.py", *words])
+    assert status == 0, output
     options = parse_args(words)
     shape = (2, *options.image_shape)
     split = open_split(data, "toy", "train", options.image_shape)

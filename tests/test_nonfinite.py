@@ -300,11 +300,21 @@ def test_answers_that_are_not_finite_have_no_accuracy(
 def test_a_test_result_counts_the_tasks_that_were_guessed(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An image spoils some tasks of every model; then the ensemble's second model has diverged, too."""
+    words = command(toy_data, tmp_path, "--total_epochs", "2", "--on_nonfinite", "skip")
     spoil_image(monkeypatch, "test", toy_data, tasks=5)
-    main(command(toy_data, tmp_path, "--total_epochs", "2", "--on_nonfinite", "skip"))
-    single, ensemble = json.loads((folder_of(tmp_path) / "logs" / "test_summary.json").read_text())
+    main(words)
+    summary = folder_of(tmp_path) / "logs" / "test_summary.json"
+    single, ensemble = json.loads(summary.read_text())
     assert 1 <= single["guessed"] == ensemble["guessed"] < 5
     assert capsys.readouterr().out.count(f"transductive batch norm, {single['guessed']} tasks guessed\n") == 2
+    second = folder_of(tmp_path) / "saved_models" / ensemble["checkpoints"][1]
+    state = checkpoints.load(second)
+    for tensor in state["network"].values():
+        tensor.fill_(math.nan)
+    checkpoints.save(state, second)
+    main([*words, "--evaluate_on_test_set_only", "true"])
+    assert [result["guessed"] for result in json.loads(summary.read_text())] == [single["guessed"], 5]
 
 
 @pytest.mark.parametrize("method", ["CxGrad", "Ridge", "SVM-CS"])
@@ -318,8 +328,9 @@ def test_a_model_of_an_ensemble_that_has_diverged_is_named_or_guesses(method: st
         with pytest.raises(UserError, match=r"test: answers to 3 of 3 tasks are .* the first of model 2 to task 0"):
             query_logits(models, episodes, options, "test")
         return
-    (good, lost), _ = query_logits(models, episodes, options, "test")
-    assert good.isfinite().all() and good.any() and not lost.any()
+    (good, bad), _, lost = query_logits(models, episodes, options, "test")
+    assert good.isfinite().all() and good.any() and not bad.any()
+    assert lost.tolist() == [[False] * 3, [True] * 3]
 
 
 @pytest.mark.slow

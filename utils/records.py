@@ -186,6 +186,7 @@ def _result(entry: Mapping[str, Any]) -> Result:
         f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
         f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
         f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
+        + (f"; {entry['guessed']} tasks guessed" if entry.get("guessed") else "")
     )
     plain = {name: entry[name] for name in ("dataset", "trained_on", "model", "way", "shot")}
     scores = {name: 100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query")}
