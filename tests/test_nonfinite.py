@@ -121,6 +121,17 @@ def everything(model: FewShotLearner) -> list[Tensor]:
     return [*model.state_dict().values(), *(value for state in states for value in state.values())]
 
 
+def test_the_limit_of_gradients_comes_before_their_check() -> None:
+    """As in MAML++'s program: an infinite entry becomes the limit, and NaN stays NaN."""
+    for value, problem in ((math.inf, None), (math.nan, "the gradient of NAME is nan")):
+        model = made("MAML", clamp_outer_gradients=10.0)
+        name, weight = second_layer(model)
+        weight.register_hook(lambda gradient, value=value: torch.full_like(gradient, value))
+        report, _ = model.run_train_iter(batch_for(model, 0), 0)
+        veto = model.veto({name: report[name].tolist() for name in model.checked})
+        assert (veto.problem if veto else None) == (problem.replace("NAME", name) if problem else None)
+
+
 @pytest.mark.parametrize(("method", "fault", "problem", "task"), CASES)
 def test_a_fault_is_named_and_when_left_out_leaves_everything_as_it_was(
     method: str, fault: Fault, problem: str, task: int | None

@@ -49,8 +49,8 @@ HEADLINES = (
 LEGEND = (
     "A dash: not known or not recorded. ± is the 95 % interval per episode; where a line says seeds, the standard "
     "deviation over them. Iterations: trained, of those of the row's script. Hours of training alone, and the peak of "
-    "memory: on the GPU, or of the whole process on a CPU; of one seed. Pixels: how `--normalization` scales them. Zero "
-    "context: CxGrad trained with gammas that no task changes (`--context_params_learning_rate 0`)."
+    "memory: on the GPU, or of the whole process on a CPU; of one seed. Pixels: how `--normalization` scales them. "
+    "Zero context: CxGrad trained with gammas that no task changes (`--context_params_learning_rate 0`)."
 )
 
 
