@@ -288,14 +288,16 @@ def test_options_of_a_method_that_is_not_here_are_named(model: Path) -> None:
 # --- the model that comes with the project -------------------------------------------------------------------------
 
 
-def test_the_shipped_model_is_small_whole_and_states_its_accuracy() -> None:
-    assert {path.name for path in SHIPPED.iterdir() if path.is_file()} == FILES
-    assert sum((SHIPPED / name).stat().st_size for name in FILES) < 1_000_000
-    assert checkpoints.load(SHIPPED)["options"]["contextual_grad"] is True
-    results = json.loads((SHIPPED / "test_summary.json").read_text())
-    on_glyphs = next(row for row in results if row["dataset"] == "glyphs")
-    assert f"| {100 * on_glyphs['accuracy']:.2f} ± " in (SHIPPED / "README.md").read_text()
-    assert on_glyphs["accuracy"] > 0.85
+@pytest.mark.parametrize("folder", sorted(SHIPPED.parent.iterdir()), ids=lambda folder: folder.name)
+def test_a_shipped_model_is_small_whole_and_states_its_accuracy(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir() if path.is_file()} == FILES
+    assert sum((folder / name).stat().st_size for name in FILES) < 1_000_000
+    options = checkpoints.load(folder)["options"]
+    assert options["contextual_grad"] is folder.name.endswith("_CxGrad")
+    results = json.loads((folder / "test_summary.json").read_text())
+    own = next(row for row in results if row["dataset"] == options["dataset_name"])
+    assert f"| {100 * own['accuracy']:.2f} ± " in (folder / "README.md").read_text()
+    assert own["accuracy"] > 0.65
 
 
 def test_the_shipped_model_reads_handwritten_digits_that_are_in_the_project() -> None:
