@@ -70,8 +70,9 @@ def checked_logits(logits: Tensor, options: Options, title: str) -> tuple[Tensor
     These places, (tasks, models), come with them. They are a warning, and without ``on_nonfinite`` = skip a UserError:
     such numbers have no accuracy.
     """
-    lost = ~logits.isfinite().all(dim=(2, 3))
-    if not lost.any():
+    finite = logits.isfinite().all(dim=(2, 3))
+    lost = ~finite
+    if finite.all():
         return logits, lost
     tasks = lost.any(1).nonzero().flatten().tolist()
     which = f" of model {int(lost[tasks[0]].nonzero()[0]) + 1}" if lost.shape[1] > 1 else ""

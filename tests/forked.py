@@ -7,7 +7,6 @@ import mmap
 import os
 import runpy
 import signal
-import socket
 import struct
 import sys
 import time
@@ -88,27 +87,6 @@ class Command:
 
     def printed(self) -> str:
         return self.output.read_text(errors="replace")
-
-
-def run_two(folder: Path, words: Sequence[str], **variables: str) -> tuple[int, str]:
-    """Run a script in two processes of one group, with the variables that torchrun sets, but without it.
-
-    Return the higher exit status and what both printed; the files are written to `folder`.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes: list[Command] = []
-    for rank in range(2):
-        of_rank = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(Command(folder / f"output_{rank}", words, partial(os.environ.update, of_rank), anew=ON_GPU))
-    try:
-        statuses = [process.wait(180) for process in processes]
-    finally:
-        for process in processes:
-            process.kill_all()
-    return max(statuses), "".join(process.printed() for process in processes)
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:

@@ -29,7 +29,6 @@ from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from learner import Form
-from tests.forked import run_two
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -479,17 +478,11 @@ sys.exit(entry.run(main))
 """
 
 
-def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", by_torchrun: bool = False) -> tuple[int, str]:
-    """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output.
-
-    Without torchrun they are forks, which need not import torch anew.
-    """
+def train_with_two(folder: Path, data: Path, *extra: str, act: str = "") -> tuple[int, str]:
+    """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output."""
     entry = folder / "two_processes.py"
     entry.write_text(TWO_PROCESSES)
-    words = [str(entry), *command(data, folder, *extra)]
-    if not by_torchrun:
-        return run_two(folder, words, AT_THE_SIXTH=act)
-    process = start(*words, AT_THE_SIXTH=act)
+    process = start(str(entry), *command(data, folder, *extra), AT_THE_SIXTH=act)
     output, _ = process.communicate(timeout=180)
     return process.returncode, output
 
@@ -531,7 +524,7 @@ def test_a_killed_process_ends_the_run_at_once_and_the_run_goes_on_from_its_chec
 ) -> None:
     begun = time.monotonic()
     kill = f"if distributed.rank() == {rank}: os.kill(os.getpid(), signal.SIGKILL)"
-    status, output = train_with_two(tmp_path, toy_data, act=kill, by_torchrun=True)
+    status, output = train_with_two(tmp_path, toy_data, act=kill)
     assert status == 2 and time.monotonic() - begun < 100, output
     last = output.splitlines()[-1]
     assert last.startswith(f"error: process {rank} (number {rank} on ") and "was killed by SIGKILL" in last, output
@@ -548,7 +541,7 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 ) -> None:
     """As Slurm does: it signals every process, and the launcher passes on the signal that it got."""
     signals = "os.kill(os.getpid(), signal.SIGTERM)\nif not distributed.rank(): os.kill(os.getppid(), signal.SIGTERM)"
-    status, output = train_with_two(tmp_path, toy_data, act=signals, by_torchrun=True)
+    status, output = train_with_two(tmp_path, toy_data, act=signals)
     assert status == 128 + signal.SIGTERM and "stopped and saved at iteration" in output, output
     assert not re.search(r"^error:|Traceback", output, re.MULTILINE), output
     status, output = train_with_two(tmp_path, toy_data)
@@ -557,8 +550,7 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 
 
 def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp_path: Path) -> None:
-    fail = "if distributed.rank() == 1: 1 / 0"
-    status, output = train_with_two(tmp_path, toy_data, act=fail, by_torchrun=True)
+    status, output = train_with_two(tmp_path, toy_data, act="if distributed.rank() == 1: 1 / 0")
     assert status == 2 and "ZeroDivisionError" in output
     assert re.match(r"error: process 1 .* failed; its traceback is above", output.splitlines()[-1]), output
 
