@@ -558,16 +558,23 @@ def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp
 def test_two_machines_train_as_one_does_each_with_images_of_its_own(
     finished: Path, toy_data: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
-    machines = []
     for number in range(2):
         shutil.copytree(toy_data / "toy", tmp_path / f"data_{number}" / "toy")
-        words = command(tmp_path / f"data_{number}", tmp_path)
-        machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
-    outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+    for _ in range(
+        3
+    ):  # on a busy machine they have lost each other's connection, seldom; the same command then goes on
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
+        machines = []
+        for number in range(2):
+            words = command(tmp_path / f"data_{number}", tmp_path)
+            machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
+        outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+        if not any(machine.returncode for machine in machines):
+            break
+        assert any("the same command goes on from the last checkpoint" in output.lower() for output in outputs), outputs
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert all((tmp_path / f"data_{number}" / ".cache").exists() for number in range(2))
     assert_close_to(finished, tmp_path)
