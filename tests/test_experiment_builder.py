@@ -560,7 +560,7 @@ def test_two_machines_train_as_one_does_each_with_images_of_its_own(
 ) -> None:
     for number in range(2):
         shutil.copytree(toy_data / "toy", tmp_path / f"data_{number}" / "toy")
-    # Seldom they have lost each other's connection at the end, for a reason that is not known; the same command goes on.
+    # Seldom they have lost each other's connection at the end, why is not known; the same command then goes on.
     for _ in range(3):
         with socket.socket() as free:
             free.bind(("localhost", 0))
