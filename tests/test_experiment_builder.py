@@ -473,6 +473,8 @@ def main():
         return distributed.launch(2)
     MAMLFewShotClassifier.run_train_iter = run_train_iter
     train_maml_system.main()
+    threads = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+    assert not [name for name in threads if "gloo" in name], threads  # one that outlives its group may abort the process
 
 sys.exit(entry.run(main))
 """
@@ -560,20 +562,15 @@ def test_two_machines_train_as_one_does_each_with_images_of_its_own(
 ) -> None:
     for number in range(2):
         shutil.copytree(toy_data / "toy", tmp_path / f"data_{number}" / "toy")
-    # Seldom they have lost each other's connection at the end, why is not known; the same command then goes on.
-    for _ in range(3):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
-        machines = []
-        for number in range(2):
-            words = command(tmp_path / f"data_{number}", tmp_path)
-            machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
-        outputs = [machine.communicate(timeout=180)[0] for machine in machines]
-        if not any(machine.returncode for machine in machines):
-            break
-        assert any("the same command goes on from the last checkpoint" in output.lower() for output in outputs), outputs
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
+    machines = []
+    for number in range(2):
+        words = command(tmp_path / f"data_{number}", tmp_path)
+        machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
+    outputs = [machine.communicate(timeout=180)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert all((tmp_path / f"data_{number}" / ".cache").exists() for number in range(2))
     assert_close_to(finished, tmp_path)
