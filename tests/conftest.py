@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,30 @@ import pytest
 from PIL import Image
 
 from tests.browser import Browser
+from utils import observer, report
 from utils.progress import set_up_logging
 
 set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_ends() -> Iterator[None]:
+    """Leave out what a toy run would mostly do: draw a report at its end, wait until files have reached the disk.
+
+    The tests of the report use `reports`. Only a power cut could tell a file that has not reached the disk.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observer, "update_report", lambda run: [])
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs draw their report, as they do outside of tests."""
+    monkeypatch.setattr(observer, "update_report", report.update_report)
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,7 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
     assert ("HostWaits" in outcome.note) == waits
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 def test_what_only_a_gpu_runs_is_run_on_stand_in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_gpu, "WARM_UP", 0)
     monkeypatch.setattr(check_gpu, "REPEATED", 1)

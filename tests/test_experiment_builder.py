@@ -456,10 +456,11 @@ def test_changed_options_are_named_when_going_on(
 TWO_PROCESSES = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import experiment_builder, train_maml_system
+import experiment_builder, train_maml_system, utils.observer
 from few_shot_learning_system import MAMLFewShotClassifier
 from utils import distributed, entry
 
+utils.observer.update_report = lambda run: []
 experiment_builder.SAVE_EVERY_SECONDS = 0.02  # so often that the two disagree on when it is due, had they not to agree
 train_iteration = MAMLFewShotClassifier.run_train_iter
 
@@ -473,8 +474,9 @@ def main():
         return distributed.launch(2)
     MAMLFewShotClassifier.run_train_iter = run_train_iter
     train_maml_system.main()
+    # A thread that outlives its group may abort the process while Python ends.
     threads = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
-    assert not [name for name in threads if "gloo" in name], threads  # one that outlives its group may abort the process
+    assert not [name for name in threads if "gloo" in name], threads
 
 sys.exit(entry.run(main))
 """

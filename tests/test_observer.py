@@ -12,13 +12,21 @@ from utils.figures import Picture
 from utils.records import Run, read_diagnostics, read_run
 
 
-def test_a_run_leaves_a_report_with_its_numbers_and_test(finished: Path) -> None:
-    folder = folder_of(finished)
-    page = (folder / "logs" / "report.html").read_text(encoding="utf-8")
+@pytest.mark.usefixtures("reports")
+def test_a_run_leaves_a_report_with_its_numbers_and_test_and_a_test_alone_draws_it_anew(
+    toy_data: Path, tmp_path: Path
+) -> None:
+    main(command(toy_data, tmp_path))
+    folder = folder_of(tmp_path)
+    file = folder / "logs" / "report.html"
+    page = file.read_text(encoding="utf-8")
     assert "Trained to epoch 3, iteration 12" in page and "Test episode: toy" in page
     assert "Gamma: what contextual scaling chooses" in page and "Confusion between classes: toy 1shot" in page
     assert [record["epoch"] for record in read_diagnostics(folder)] == [1, 2, 3]
     assert {path.stem for path in (folder / "visual_outputs").glob("*.png")} >= {"learning", "gammas", "gradient_norms"}
+    file.unlink()
+    main(command(toy_data, tmp_path, "--evaluate_on_test_set_only", "true"))
+    assert file.is_file()
 
 
 def test_the_report_is_drawn_as_often_as_time_allows_and_at_the_end(
@@ -60,14 +68,6 @@ def test_a_rehearsal_ends_with_the_error_that_a_run_would_warn_of(
     monkeypatch.setattr(observer, "diagnose", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(toy_data, tmp_path, "--dry_run"))
-
-
-def test_a_test_alone_draws_the_report_anew(toy_data: Path, tmp_path: Path) -> None:
-    main(command(toy_data, tmp_path))
-    page = folder_of(tmp_path) / "logs" / "report.html"
-    page.unlink()
-    main(command(toy_data, tmp_path, "--evaluate_on_test_set_only", "true"))
-    assert page.is_file()
 
 
 def test_going_on_from_an_earlier_epoch_forgets_the_other_branch(toy_data: Path, tmp_path: Path) -> None:

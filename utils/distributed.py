@@ -57,8 +57,8 @@ def processes(device: torch.device) -> Iterator[None]:
     Raises UserError where another process of the group is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Imported while there is a group, as torch.optim does, this keeps it for ever as a default argument: its threads
-        # would go on after _leave, and one that lets go of a tensor while Python ends would abort the process.
+        # Imported while there is a group, as torch.optim does, this keeps it for ever as a default argument: its
+        # threads would go on after _leave, and one that lets go of a tensor while Python ends aborts the process.
         importlib.import_module("torch.distributed.nn.functional")
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu)
