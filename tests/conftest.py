@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def short_ends() -> Iterator[None]:
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have runs draw their report, as they do outside of tests."""
     monkeypatch.setattr(observer, "update_report", report.update_report)
+
+
+@pytest.fixture
+def no_coverage() -> Iterator[None]:
+    """Do not trace a test that would take much longer then. pytest-cov's own marker does nothing under pytest-xdist."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")

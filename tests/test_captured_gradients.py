@@ -126,7 +126,7 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.no_cover  # as in test_stand_in_cuda.py
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("method", METHODS)
 def test_replayed_training_equals_eager_training_bit_for_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_gradients, "WARM_UP", 1)

@@ -32,6 +32,7 @@ def recorded(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return {section: {line["check"]: line for line in lines} for section, lines in sections.items()}
 
 
+@pytest.mark.usefixtures("no_coverage")
 def test_a_cpu_passes_and_every_section_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sections = lines_of(tmp_path)
     assert list(sections) == list(check_gpu.SECTIONS) and all(sections.values())
@@ -135,6 +136,7 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
+@pytest.mark.usefixtures("no_coverage")
 def test_what_only_a_gpu_runs_is_run_on_stand_in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_gpu, "WARM_UP", 0)
     monkeypatch.setattr(check_gpu, "REPEATED", 1)

@@ -75,6 +75,7 @@ def test_photos_come_to_the_split_of_their_class_unchanged(tmp_path: Path, prefi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_coverage")
 def test_an_archive_of_200_classes_and_11788_photos_is_the_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

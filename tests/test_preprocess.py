@@ -98,6 +98,7 @@ def test_omniglot_is_split_as_mamlpp_does_in_size_and_always_alike(lake: dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_coverage")
 def test_the_real_omniglot_archives_become_small_grey_drawings_in_class_folders(
     lake: dict[str, zipfile.ZipFile], tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ def test_any_runs_dry(words: str, printer: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.endswith("dry run: trained, resumed, tested and cross-tested\n")
 
 
-@pytest.mark.no_cover  # a hundred times the code of which the first few tell
+@pytest.mark.usefixtures("no_coverage")  # a hundred times the code of which the first few tell
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_every_script_runs_dry(row: Path, printer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry, *words = passed_on(row, "cpu", PYTHON=printer)

@@ -528,6 +528,7 @@ def test_an_official_archive_of_another_layout_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_coverage")
 def test_the_full_real_archive_has_100_classes_of_600_images_one_of_them_called_train(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

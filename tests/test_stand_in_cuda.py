@@ -17,6 +17,9 @@ from tests.stand_in_cuda import CUDA, HostWaits, on_cuda, stand_in_cuda
 from utils.image_cache import Split
 from utils.options import Options
 
+# Every call of torch passes through Python code here, which coverage would make twice as slow.
+pytestmark = pytest.mark.usefixtures("no_coverage")
+
 LSLR = "learnable_per_layer_per_step_inner_loop_learning_rate"
 MAMLPP = {LSLR: True, "per_step_bn_statistics": True, "use_multi_step_loss_optimization": True}
 RESNET = {"backbone": "ResNet-12", "resnet_widths": "4-5-6-7", "checkpoint_inner_steps": True}
@@ -83,7 +86,6 @@ def head_options(backbone: str, head: str, **extra: Any) -> Options:
     )
 
 
-@pytest.mark.no_cover  # every call of torch passes through the stand-in, which coverage would make twice as slow
 @pytest.mark.parametrize("method", GRADIENT)
 def test_a_gradient_learner_never_waits(method: str) -> None:
     iterate(gradient_options(**GRADIENT[method]))
