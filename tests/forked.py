@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from utils.images import end_with
+
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.cuda.is_available()  # a fork of a process that may have used a GPU cannot compute gradients
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events with a path
@@ -44,9 +46,11 @@ class Command:
         self.output, self.begun = output, time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
+        parent = os.getpid()
         self.pid = os.fork()
         self._status: int | None = None
         if self.pid == 0:
+            end_with(parent)
             _become(output, words, prepare, anew)
 
     def status(self) -> int | None:

@@ -1,6 +1,7 @@
-"""Commands as forks: one that hangs ends with all that it started."""
+"""Commands as forks: one that hangs ends with all that it started, and all end with the process that tests."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -20,5 +21,27 @@ def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> 
     assert until((tmp_path / "pid").exists)
     with pytest.raises(TimeoutError, match="did not end within"):
         command.wait(0.2)
-    child = Path("/proc") / (tmp_path / "pid").read_text()
-    assert until(lambda: not child.exists() or ") Z " in (child / "stat").read_text())
+    assert until(lambda: has_ended(tmp_path / "pid"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked to do this")
+def test_a_command_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
+    def wait() -> int:
+        time.sleep(600)
+        return 0
+
+    def start() -> int:
+        command = Command(tmp_path / "of the other", wait)
+        (tmp_path / "pid").write_text(str(command.pid))
+        return wait()
+
+    command = Command(tmp_path / "output", start)
+    assert until((tmp_path / "pid").exists)
+    command.kill()
+    assert until(lambda: has_ended(tmp_path / "pid"))
+
+
+def has_ended(pid: Path) -> bool:
+    """Return whether the process, whose number is in this file, has ended."""
+    process = Path("/proc") / pid.read_text()
+    return not process.exists() or ") Z " in (process / "stat").read_text()

@@ -176,7 +176,7 @@ def in_processes(
         return
     # fork, as torch's DataLoader does: nothing is imported again, and workers touch neither torch nor CUDA
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_end_with, initargs=(os.getpid(),)
+        workers, multiprocessing.get_context("fork"), initializer=end_with, initargs=(os.getpid(),)
     )
     try:
         yield from in_order((pool.submit(work, piece) for piece in pieces), ahead=3 * workers)
@@ -222,8 +222,8 @@ def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:
     return Decoded(images, np.stack(counts), bad)
 
 
-def _end_with(parent: int) -> None:
-    """Have Linux kill this worker when its parent is killed; it would otherwise wait for work for ever."""
+def end_with(parent: int) -> None:
+    """Have Linux kill this process when its parent is killed; it would otherwise go on, or wait for work for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed before the line above took effect
