@@ -50,8 +50,7 @@ class Command:
         self.pid = os.fork()
         self._status: int | None = None
         if self.pid == 0:
-            end_with(parent)
-            _become(output, words, prepare, anew)
+            _become(parent, output, words, prepare, anew)
 
     def status(self) -> int | None:
         """Return the exit status, negative after a signal; None while it runs."""
@@ -101,10 +100,13 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
     return bool(met)
 
 
-def _become(output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None], anew: bool) -> None:
+def _become(
+    parent: int, output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None], anew: bool
+) -> None:
     """Run the command in this, the forked process, and end it; there is no way back into the code of the parent."""
     status = 1
     try:
+        end_with(parent)
         os.setsid()
         torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

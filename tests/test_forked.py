@@ -18,7 +18,7 @@ def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> 
         return 0
 
     command = Command(tmp_path / "output", hang)
-    assert until((tmp_path / "pid").exists)
+    assert until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     with pytest.raises(TimeoutError, match="did not end within"):
         command.wait(0.2)
     assert until(lambda: has_ended(tmp_path / "pid"))
@@ -36,12 +36,14 @@ def test_a_command_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -
         return wait()
 
     command = Command(tmp_path / "output", start)
-    assert until((tmp_path / "pid").exists)
+    assert until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     command.kill()
     assert until(lambda: has_ended(tmp_path / "pid"))
 
 
 def has_ended(pid: Path) -> bool:
     """Return whether the process, whose number is in this file, has ended."""
-    process = Path("/proc") / pid.read_text()
-    return not process.exists() or ") Z " in (process / "stat").read_text()
+    try:
+        return ") Z " in (Path("/proc") / pid.read_text() / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True

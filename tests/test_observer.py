@@ -78,6 +78,7 @@ def test_going_on_from_an_earlier_epoch_forgets_the_other_branch(toy_data: Path,
     assert [record["epoch"] for record in run.diagnostics] == [epoch.epoch for epoch in run.epochs] == [1, 2]
 
 
+@pytest.mark.usefixtures("reports")
 def test_the_console_stays_a_line_an_epoch_without_colours(
     toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,15 +57,18 @@ def processes(device: torch.device) -> Iterator[None]:
     Raises UserError where another process of the group is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Imported while there is a group, as torch.optim does, this keeps it for ever as a default argument: its
-        # threads would go on after _leave, and one that lets go of a tensor while Python ends aborts the process.
-        importlib.import_module("torch.distributed.nn.functional")
+        # torch.optim imports this. Imported while there is a group, it would keep it for ever, as a default argument of
+        # torch.distributed.nn.functional: gloo's threads would go on after _leave, and one that lets go of a tensor
+        # while Python ends aborts the process.
+        importlib.import_module("torch._dynamo")
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu)
+    together = False
     try:
         yield
+        together = True
     except SystemExit:  # all processes stop together
-        _leave()
+        together = True
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -75,12 +78,13 @@ def processes(device: torch.device) -> Iterator[None]:
                 "messages may say why. The same command goes on from the last checkpoint"
             ) from error
         raise
-    _leave()
+    finally:
+        _leave(together)
 
 
-def _leave() -> None:
-    """Leave the group. After an error a process must not: with NCCL it would wait there for the others."""
-    if dist.is_initialized():
+def _leave(together: bool) -> None:
+    """Leave the group. After an error of its own a process must not with NCCL: it would wait there for the others."""
+    if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         dist.destroy_process_group()
 
 

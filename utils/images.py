@@ -223,7 +223,10 @@ def _decode(root: Path, shape: ImageShape, files: list[str]) -> Decoded:
 
 
 def end_with(parent: int) -> None:
-    """Have Linux kill this process when its parent is killed; it would otherwise go on, or wait for work for ever."""
+    """Have Linux kill this process when its parent is killed; it would otherwise go on, or wait for work for ever.
+
+    To Linux, the parent is the thread that started this process.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed before the line above took effect
