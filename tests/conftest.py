@@ -23,7 +23,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def short_ends() -> Iterator[None]:
     """Leave out what a toy run would mostly do: draw a report at its end, wait until files have reached the disk.
 
-    The tests of the report use `reports`. No test looks at what only a power cut or a failing disk shows.
+    The tests of the report use `reports`; that files are told to reach the disk is a test of its own.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(observer, "update_report", lambda run: [])

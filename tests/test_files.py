@@ -52,6 +52,19 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == ["file"]
 
 
+def test_a_file_has_reached_the_disk_before_it_takes_its_place_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def sync(file: int) -> None:
+        synced.append(f"{os.readlink(f'/proc/self/fd/{file}')}, {(tmp_path / 'a').exists()}")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_text(tmp_path / "a", "new")
+    assert len(synced) == 2 and synced[0].endswith(", False") and synced[1] == f"{tmp_path}, True"
+
+
 def test_what_a_killed_writer_left_is_removed_and_a_living_writers_file_is_not(tmp_path: Path) -> None:
     path, ready = tmp_path / "file", FORK.Event()
     killed = started(write_and_wait, path, ready)
