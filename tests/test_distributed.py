@@ -8,7 +8,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.testing._internal.distributed import fake_pg
 
 from data import Episodes
@@ -112,3 +114,29 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest
     assert chosen == [torch.device("cuda", 3), torch.device("cuda", 1)]
     with pytest.raises(UserError, match=r"names 4 GPUs but 2 process"):
         choose_device("0,1,2,3")
+
+
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [
+        ((-9, 3), "process 0 .* was killed by SIGKILL"),  # the second missed it and said so
+        ((3, 1), "process 1 .* failed; its traceback is above"),
+        ((-15, -9), "process 1 .* was killed by SIGKILL"),  # torchrun ended the first for it
+        ((1, -15), "process 0 .* failed"),
+        ((-15, -15), "process 0 .* was killed by SIGTERM"),
+        ((3, -15), 3),  # an error that it has told by itself
+        ((2, 3), 2),
+    ],
+)
+def test_the_process_that_ended_by_itself_is_named_before_those_that_missed_it(
+    ended: tuple[int, int], told: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of two processes torchrun sees end first cannot be arranged, so its error is made here."""
+    failures = {rank: ProcessFailure(rank, 1000 + rank, status, "<N/A>") for rank, status in enumerate(ended)}
+    monkeypatch.setattr(torch.distributed.run, "main", mock.Mock(side_effect=ChildFailedError("train", failures)))
+    with pytest.raises(UserError if isinstance(told, str) else SystemExit) as error:
+        distributed.launch(2)
+    if isinstance(told, str):
+        assert error.match(told)
+    else:
+        assert error.value.code == told  # type: ignore[attr-defined]
