@@ -102,7 +102,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, base_learner: str = "SVM-CS", enable_scale: bool = True) -> None:
         super().__init__()
-        base_learner = "SVM-CS" if base_learner == "SVM" else base_learner
+        base_learner = declaration("head").aliases.get(base_learner, base_learner)
         if base_learner not in HEADS:
             raise UserError(f"there is no head {base_learner!r}: choose one of {', '.join(HEADS)}.")
         self.base_learner = base_learner

@@ -30,6 +30,7 @@ from meta_neural_network_architectures import (
 )
 from utils import distributed
 from utils.devices import forget_peak, host_memory_gib, peak_memory_gib, send
+from utils.errors import UserError
 from utils.measurement import fastest
 from utils.options import Options
 
@@ -67,6 +68,9 @@ class MAMLFewShotClassifier(FewShotLearner):
         im_shape: (batch, C, H, W) of the images.
         device: where everything runs.
         args: any object with attributes named as in `utils.options.Options`; missing ones take the defaults.
+
+    Raises:
+        UserError: the options are those of a head learner.
     """
 
     cure = "Lower --meta_learning_rate, or in a new experiment --init_inner_loop_learning_rate"
@@ -74,6 +78,8 @@ class MAMLFewShotClassifier(FewShotLearner):
     def __init__(self, im_shape: Sequence[int], device: torch.device | str, args: object) -> None:
         super().__init__(im_shape, device, args)
         options, rules = self.options, chosen_rules(self.options)
+        if options.learner != "gradient":
+            raise UserError("gradient steps were asked of --learner head: use `build_learner`, which chooses the class")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)  # the initial weights are a function of the seed alone
             self.classifier = build_backbone(self.image_shape, options, official_bias(rules))

@@ -218,6 +218,11 @@ def test_arrays_and_tensors_of_any_precision_are_accepted() -> None:
     assert from_arrays["loss"].dtype == torch.float32
 
 
+def test_the_options_of_a_head_learner_are_refused() -> None:
+    with pytest.raises(UserError, match="asked of --learner head: use `build_learner`"):
+        MAMLFewShotClassifier((1, 3, 32, 32), "cpu", SimpleNamespace(learner="head"))
+
+
 def test_evaluation_makes_the_steps_it_is_asked_for() -> None:
     tasks = tiny_model()._to_device(tiny_batch())
     steps = [
