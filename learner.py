@@ -259,6 +259,19 @@ class FewShotLearner(nn.Module):
         self.load_state(state, path, with_optimizer)
         return state
 
+    def _check_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Raise UserError for settings and averages that torch would load, and fail with in the next step."""
+        for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+            for name in ("lr", "betas", "eps", "momentum", "weight_decay"):
+                numbers = saved.get(name, 0) if isinstance(group.get(name), tuple) else (saved.get(name, 0),)
+                if not all(isinstance(number, int | float) for number in numbers):
+                    raise UserError(f"the optimiser's {name} is {saved[name]!r}")
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, averages in state["state"].items():
+            shapes = {tuple(average.shape) for average in averages.values() if average is not None and average.dim()}
+            if shapes - {tuple(parameters[number].shape)}:
+                raise UserError(f"the optimiser's averages of parameter {number} have another shape")
+
     def load_state(self, state: Mapping[str, Any], path: Path, with_optimizer: bool = True) -> None:
         """Restore the weights and, if wanted, the optimiser from the state that was read from `path`.
 
@@ -268,6 +281,7 @@ class FewShotLearner(nn.Module):
         try:
             weights = self.weights_in(state)
             if "optimizer" in state and with_optimizer:
+                self._check_optimizer(state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
             load_official(self, weights)
         except (ValueError, TypeError, AttributeError, LookupError) as error:  # torch checks little of an optimiser's

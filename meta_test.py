@@ -19,10 +19,11 @@ from utils import distributed
 from utils.confusion import write_confusion
 from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
-from utils.files import only_process, parsed_json, replace_file, write_csv, write_text
+from utils.files import only_process, replace_file, write_csv, write_text
 from utils.names import find_dataset
-from utils.options import Options
+from utils.options import Options, differences
 from utils.progress import progress_bar
+from utils.records import read_tests
 from utils.scores import score
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def meta_test(
     for one, (path, state) in zip(models, checkpoints, strict=True):
         one.load_state(state, path, with_optimizer=False)
     results: list[Result] = []
+    read_tests(folder / "logs" / "test_summary.json")  # where it is damaged, no test need be run
+    changed = changes_of(options, checkpoints[0][1].get("options"))
     for dataset, shot in itertools.product(options.test_dataset_list, options.test_shot_list):
         options = dataclasses.replace(options, val_shot=shot)
         split = open_dataset(options, dataset, "test")
@@ -129,6 +132,7 @@ def meta_test(
             "normalization": options.normalization,
             "seed": options.val_seed,
             **model.protocol(),
+            "changed": changed,
         }
         names = [path.name for path, _ in checkpoints]
         guessed = int(lost[0].sum()), int(lost.any(0).sum())  # of an ensemble: by one of its models at least
@@ -137,16 +141,23 @@ def meta_test(
             protocol | {"model": label, "checkpoints": used, "guessed": tasks} | score(scores, answers)._asdict()
             for label, used, scores, tasks in scored
         ]
+        for result in tested:
+            log.info(describe(result))  # before anything is written: a full disk takes no accuracy away
         if distributed.is_main():
             write_results(folder / "logs", tested)
             write_confusion(folder / "logs", episodes, logits[0])
             write_samples(folder / "visual_outputs", episodes, logits[0], split.name)
-        for result in tested:
-            log.info(describe(result))
         results += tested
     if len(options.test_dataset_list) > 1 and distributed.is_main():
         log.info(write_cross_domain(folder, results))
     return results
+
+
+def changes_of(options: Options, trained: Mapping[str, Any] | None) -> str:
+    """Return the options that a test has otherwise than the training, less what its results name in another way."""
+    named = {"num_classes_per_set", "num_samples_per_class", "batch_norm", "head", "C_reg", "lambda_reg"}
+    found = differences(trained, options, "test") if trained else []
+    return ", ".join(f"{one.name}={one.now}" for one in found if one.name not in named)
 
 
 def write_samples(folder: Path, episodes: Episodes, logits: Tensor, name: str) -> None:
@@ -174,13 +185,9 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
     """
     file = folder / "test_summary.json"
     with only_process(folder):
-        try:
-            kept = parsed_json(file.read_bytes()) if file.exists() else []
-            same = [identity(result) for result in results]
-            rows = [dict(row) for row in kept if identity(row) not in same] + list(results)
-            lines = [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error!r}); move it away and test again") from error
+        same = [identity(result) for result in results]
+        rows = [row for row in read_tests(file) if identity(row) not in same] + list(results)
+        lines = [row | {"checkpoints": " ".join(row["checkpoints"])} for row in rows]
         write_text(file, json.dumps(rows, indent=2))
         write_csv(file.with_suffix(".csv"), lines)
 
@@ -190,7 +197,7 @@ def identity(result: Mapping[str, Any]) -> tuple[Any, ...]:
     names = ("dataset", "split", "trained_on", "normalization", "episodes", "way", "shot", "query", "steps",
              "batch_norm", "seed")  # fmt: skip
     model = "ensemble" if result["model"].startswith("top-") else result["model"]  # of more epochs, as a run goes on
-    return (*(result[name] for name in names), result.get("head"), model)
+    return (*(result.get(name) for name in (*names, "head")), result.get("changed", ""), model)
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -201,6 +208,7 @@ def describe(result: Mapping[str, Any]) -> str:
         f"± {result['ci95_per_query']:.2%} per query), {result['episodes']} episodes, "
         f"{result['query']} queries per class, {result['batch_norm']} batch norm"
         + (f", {result['head']} head" if result["head"] else "")
+        + (f", not as trained: {result['changed']}" if result["changed"] else "")
         + (f", {result['guessed']} tasks guessed" if result["guessed"] else "")
     )
 

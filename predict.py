@@ -49,6 +49,8 @@ def query_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"there is no {path} to classify; --query takes image files and folders of them")
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path} is neither a file nor a folder; --query takes image files and folders of them")
         found = list_images(path) if path.is_dir() else [path]
         if not found:
             raise UserError(f"there are no images in {path} to classify")

@@ -37,6 +37,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ("network", 3),
         ("network", {"w": "x"}),
         ("network", {1: torch.zeros(2)}),
+        ("network", {"w": torch.zeros(2, device="meta")}),
+        ("network", {"w": torch.zeros(2, dtype=torch.complex64)}),
         ("options", [1]),
         ("options", {1: 2}),
         ("options", {"seed": torch.zeros(2)}),
@@ -47,6 +49,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ("history", [3]),
         ("optimizer", {}),
         ("sums", {"loss": "x"}),
+        ("sums", {"loss": float("nan")}),
         ("iterations_done", "many"),
         ("form", {"tasks": 3}),
         ("form", {"tasks_per_pass": 0, "captured": False}),
@@ -56,6 +59,14 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_parts_of_another_kind_are_named(part: str, value: object, tmp_path: Path) -> None:
     torch.save({"network": {"w": torch.zeros(1)}, part: value}, tmp_path / "latest")
     with pytest.raises(DamagedCheckpoint, match=f"latest is damaged or not a checkpoint: its '{part}' is not"):
+        checkpoints.load(tmp_path / "latest")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to give such tensors up
+def test_quantised_weights_are_none_of_a_training(tmp_path: Path) -> None:
+    quantised = torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)
+    torch.save({"network": {"w": quantised}}, tmp_path / "latest")
+    with pytest.raises(DamagedCheckpoint, match="its 'network' is not"):
         checkpoints.load(tmp_path / "latest")
 
 

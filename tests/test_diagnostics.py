@@ -90,13 +90,13 @@ def test_a_head_tells_its_residual_and_dropblock_and_counts_no_pass_for_it() -> 
 
 def test_records_are_added_and_those_of_a_dropped_branch_go(tmp_path: Path) -> None:
     for epoch in (1, 2, 3, 2):
-        write_diagnostics(tmp_path, {"epoch": epoch, "series": {}})
+        write_diagnostics(tmp_path, {"epoch": epoch, "iterations": 5, "tasks": 2, "series": {}})
     assert [record["epoch"] for record in read_diagnostics(tmp_path)] == [1, 2]
     lines = (tmp_path / "logs" / "diagnostics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
     (tmp_path / "logs" / "diagnostics.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"diagnostics\.jsonl"):
-        write_diagnostics(tmp_path, {"epoch": 3, "series": {}})
+        write_diagnostics(tmp_path, {"epoch": 3, "iterations": 5, "tasks": 2, "series": {}})
 
 
 @pytest.mark.parametrize(("validated_on", "looked_at"), [(600, TASKS), (2, 2)])

@@ -34,6 +34,7 @@ from utils import checkpoints
 from utils.errors import UserError
 from utils.image_cache import open_split
 from utils.options import Options, parse_args
+from utils.results import collect
 from utils.scores import score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,6 +271,41 @@ def test_testing_with_other_settings_than_trained_says_so(
     assert warnings == ["warning: --normalization is channel, but the run was started with unit; going on with unit"]
     assert json.loads(file.read_text())[-1]["normalization"] == "unit"
     file.write_text(before)
+
+
+def test_a_test_with_another_inner_rate_does_not_replace_that_of_the_training(
+    finished: Path, toy_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder_of(finished) / "logs" / "test_summary.json"
+    before = json.loads(file.read_text())
+    main(command(toy_data, finished, "--evaluate_on_test_set_only", "true", "--init_inner_loop_learning_rate", "5"))
+    rows = json.loads(file.read_text())
+    assert rows[:2] == before
+    assert [row["changed"] for row in rows] == ["", "", *["init_inner_loop_learning_rate=5.0"] * 2]
+    printed = capsys.readouterr().out
+    assert "transductive batch norm, not as trained: init_inner_loop_learning_rate=5.0" in printed
+    rows = [row for row in collect([finished]) if row.dataset == "toy"]
+    assert [row.adaptation for row in rows] == ["1 steps", "1 steps, init_inner_loop_learning_rate=5.0"]
+    file.write_text(json.dumps(before))
+
+
+def test_an_accuracy_is_printed_though_it_cannot_be_written_and_no_test_is_run_for_a_damaged_summary(
+    finished: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(folder_of(finished), folder_of(tmp_path))
+    test, file = (
+        command(toy_data, tmp_path, "--evaluate_on_test_set_only", "true"),
+        folder / "logs" / "test_summary.json",
+    )
+    file.write_text("[{")
+    with pytest.raises(UserError, match="is damaged"):
+        main(test)
+    assert "test on toy" not in capsys.readouterr().out
+    file.unlink()
+    file.mkdir()  # so that nothing can be written there
+    with pytest.raises(UserError, match="cannot write"):
+        main(test)
+    assert "test on toy, 2-way 1-shot, single best: " in capsys.readouterr().out
 
 
 def test_a_frequent_save_changes_nothing(

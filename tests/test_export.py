@@ -110,7 +110,7 @@ def test_results_are_those_of_the_exported_epoch(
     assert json.loads((model / "test_summary.json").read_text()) == tested[:1]
     capsys.readouterr()
     export(cxgrad_run, tmp_path / "again")
-    assert "left out: 1 results of ensembles, or of checkpoints other than epoch_" in capsys.readouterr().out
+    assert "left out: 1 results of ensembles, or of other checkpoints or options than epoch_" in capsys.readouterr().out
 
 
 def test_the_card_says_what_the_model_is_and_what_was_measured(model: Path) -> None:

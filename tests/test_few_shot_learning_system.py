@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,6 +318,29 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path: Any) -> None:
         tiny_model(cnn_num_filters=6).load_model(tmp_path, "m", 1)
     with pytest.raises(UserError, match=r"there is no checkpoint .*m_2; in its folder: m_1"):
         tiny_model().load_model(tmp_path, "m", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["param_groups"][0].update(betas=5), "'int' object is not iterable"),
+        (lambda state: state["param_groups"][0].update(betas=("a", 0.9)), "the optimiser's betas is"),
+        (lambda state: state["param_groups"][0].update(lr=None), "the optimiser's lr is None"),
+        (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "averages of parameter 0 have another shape"),
+        (lambda state: state["state"][0].update(exp_avg=3), "'int' object has no attribute 'dim'"),
+        (lambda state: state["state"].update({99: state["state"][0]}), "list index out of range"),
+    ],
+)
+def test_an_optimiser_that_would_fail_in_its_next_step_is_refused(
+    change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    model.run_train_iter(tiny_batch(), 0)
+    state = {**model.weights(), "optimizer": copy.deepcopy(model.optimizer.state_dict())}
+    change(state["optimizer"])
+    with pytest.raises(UserError, match=f"latest does not fit this model: .*{message}"):
+        model.load_state(state, tmp_path / "latest")
+    model.run_train_iter(tiny_batch(), 0)
 
 
 @pytest.mark.parametrize("groups", [3, [3], [{}], [{"params": 3}]])

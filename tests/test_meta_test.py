@@ -1,6 +1,7 @@
 """Results of meta-tests are kept together, also when several processes test one experiment."""
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from meta_test import write_results
+from meta_test import changes_of, write_results
 from utils.errors import UserError
+from utils.options import parse_args
 
 FORK = multiprocessing.get_context("fork")
 ROWS = 10  # of each process
@@ -20,6 +22,7 @@ def result(**changes: object) -> dict[str, Any]:
         **{"dataset": "glyphs", "split": "test", "trained_on": "glyphs", "normalization": "channel", "seed": 0},
         **{"episodes": 600, "way": 5, "shot": 1, "query": 15, "steps": 3, "batch_norm": "transductive"},
         **{"head": None, "model": "single best", "checkpoints": ["epoch_1", "epoch_2"], "accuracy": 0.5},
+        **{"ci95_per_episode": 0.01, "ci95_per_query": 0.01},
         **changes,
     }
 
@@ -50,6 +53,21 @@ def test_the_same_test_replaces_its_result_and_an_ensemble_that_of_fewer_epochs(
     write_results(tmp_path, [result(accuracy=0.7), result(model="top-3 ensemble", accuracy=0.8)])
     rows = json.loads((tmp_path / "test_summary.json").read_text())
     assert [(row["model"], row["accuracy"]) for row in rows] == [("single best", 0.7), ("top-3 ensemble", 0.8)]
+
+
+def test_a_test_with_other_options_than_the_training_is_a_result_of_its_own(tmp_path: Path) -> None:
+    write_results(tmp_path, [result(accuracy=0.5)])
+    write_results(tmp_path, [result(accuracy=0.7, changed="init_inner_loop_learning_rate=5.0")])
+    rows = json.loads((tmp_path / "test_summary.json").read_text())
+    assert [row["accuracy"] for row in rows] == [0.5, 0.7]
+
+
+def test_changes_are_what_results_do_not_say_in_another_way() -> None:
+    trained = dataclasses.asdict(parse_args(["--contextual_grad", "true"]))
+    words = ["--contextual_grad", "true", "--context_params_learning_rate", "0", "--init_inner_loop_learning_rate", "5"]
+    options = parse_args([*words, "--num_samples_per_class", "5", "--batch_norm", "transductive", "--batch_size", "8"])
+    assert changes_of(options, trained) == "init_inner_loop_learning_rate=5.0, context_params_learning_rate=0.0"
+    assert changes_of(options, None) == ""
 
 
 @pytest.mark.parametrize("text", ['[{"dataset"', "[" * 10**5, "5", "[5]", '{"a": 1}', '[{"model": "best"}]', "[[]]"])

@@ -228,6 +228,9 @@ def test_unreadable_images_are_named(cxgrad: Path, here: Path) -> None:
     (here / "query" / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"cannot read query/text.png .*; query/torn.jpg \(OSError: .*truncated"):
         run(cxgrad)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match="pipe is neither a file nor a folder; --query takes image files"):
+        run(cxgrad, query=["pipe"])
     shutil.move("query/torn.jpg", "support/class_0/torn.jpg")
     with pytest.raises(UserError, match=r"cannot read support/class_0/torn.jpg"):
         run(cxgrad)

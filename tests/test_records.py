@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.made_runs import (
     write_run,
 )
 from utils.errors import UserError
+from utils.options import Options
 from utils.records import command, read_run
 
 
@@ -74,7 +76,27 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
         ("logs/test_summary.json", '[{"dataset": "glyphs"}]'),
         ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"dataset": [1]}])),
         ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"accuracy": None}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"accuracy": 1.5}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"way": 0}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"shot": "x"}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"episodes": "4"}])),
+        ("logs/test_summary.json", json.dumps([result("glyphs", 0.5) | {"checkpoints": [1]}])),
+        ("logs/summary_statistics.csv", CSV_HEADER + "\n1,500,1.2,0.5,1.3,nan,0.01,0.003,60.5\n"),
+        ("logs/summary_statistics.csv", CSV_HEADER + "\n1,500,inf,0.5,1.3,0.5,0.01,0.003,60.5\n"),
+        ("logs/options.json", json.dumps(asdict(Options()) | {"num_classes_per_set": 0})),
         ("logs/diagnostics.jsonl", '{"epoch": 1}\n{"epoch":'),
+        ("logs/diagnostics.jsonl", "{}\n"),
+        ("logs/diagnostics.jsonl", '{"epoch": NaN, "iterations": 5, "tasks": 8, "series": {}}\n'),
+        (
+            "logs/diagnostics.jsonl",
+            '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {"accuracy": {"mean": [1]}}}\n',
+        ),
+        (
+            "logs/diagnostics.jsonl",
+            '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {"gamma/x": {"mean": ["a"], "std": [1]}}}\n',
+        ),
+        ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,0,0\n"),
+        ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,-5,3\n"),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,1\n"),
         ("visual_outputs/sample_episode_glyphs.npz", "PK\x03\x04 cut short"),
         ("visual_outputs/sample_episode_glyphs.npz", ""),

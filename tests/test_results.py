@@ -106,23 +106,23 @@ def test_a_real_run_is_one_line_with_all_that_it_cost(finished: Path) -> None:
 
 def test_runs_that_differ_in_their_seeds_alone_are_one_line(run: Callable[..., Path], tmp_path: Path) -> None:
     run("a")
-    run("b", {"seed": 105, "train_seed": 1, "experiment_name": "b"}, add_to_accuracy=0.04)
+    run("b", {"seed": 105, "train_seed": 1, "experiment_name": "b"}, add_to_accuracy=-0.04)
     run("other", {"seed": 106, "batch_size": 4})
     lines = [row for row in collect([tmp_path]) if row.dataset == "toy"]
     of_two = next(row for row in lines if row.seeds == 2)
     of_one = next(row for row in lines if row.seeds == 1)
     assert len(lines) == 2 and of_one.single is not None
-    assert of_two.single == pytest.approx(of_one.single + 2, abs=0.011)
-    assert of_two.single_pm == pytest.approx(2**0.5 * 2, abs=0.011)  # standard deviation of x and x + 4
+    assert of_two.single == pytest.approx(of_one.single - 2, abs=0.011)
+    assert of_two.single_pm == pytest.approx(2**0.5 * 2, abs=0.011)  # standard deviation of x and x - 4
 
 
 def test_a_seed_that_was_run_twice_has_two_lines(run: Callable[..., Path], tmp_path: Path) -> None:
     run("a")
-    run("again", add_to_accuracy=0.05)
+    run("again", add_to_accuracy=-0.05)
     rows = collect([tmp_path])
     assert [row.seeds for row in rows] == [1, 1]
     assert rows[0].single is not None
-    assert rows[1].single == pytest.approx(rows[0].single + 5, abs=0.011)
+    assert rows[1].single == pytest.approx(rows[0].single - 5, abs=0.011)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,29 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "rows.csv, line 0 cannot be read .there is no row"),
+        (b"method,network\n", "rows.csv, line 1 cannot be read .there is no row"),
+        (b"method,network\nMAML,4-C", "rows.csv cannot be read .its last line is cut off"),
+        (b"method\n\xe9\n", "rows.csv cannot be read .*codec can't decode"),
+        (b"method\n" + b"x" * 200_000 + b"\n", "rows.csv, line 1 cannot be read .field larger than"),
+    ],
+    ids=["empty", "header", "cut", "latin-1", "long"],
+)
+def test_a_table_without_rows_or_of_another_kind_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    for read in (read_rows, published.read):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "rows.csv")
+
+
+def test_names_from_files_do_not_break_the_table() -> None:
+    lines = markdown([replace(ROW, dataset="a|b\nc")], LINES).splitlines()
+    assert r"a\|b c" in lines[2] and lines[3] == ""
+
+
 def test_the_command_prints_the_table_and_writes_both_files(
     run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +297,10 @@ def test_docs_keeps_results_and_makes_the_documents_anew(
         new = [row for row in read_rows(copies["KEPT"]) if row not in before]
         assert [row.dataset for row in new] == ["toy"]
     assert "| CxGrad, 4-CONV | toy | 2-way 1-shot |" in copies["DOCUMENT"].read_text()
+    (kept,) = collect([tmp_path / "a"])
+    results.keep([replace(kept, seeds=3), replace(kept, device="GPU")])
+    new = [row for row in read_rows(copies["KEPT"]) if row not in before]
+    assert len(new) == 3, "neither of more seeds nor of another device"
     copies["DOCUMENT"].write_text(made_anew(copies["DOCUMENT"].read_text(), ours="stale\n", published="stale\n"))
     main(["--docs"])
     assert "stale" not in copies["DOCUMENT"].read_text()

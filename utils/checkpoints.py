@@ -94,6 +94,8 @@ def _are_weights(part: Any) -> bool:
     return _is_named(part) and all(
         isinstance(tensor, Tensor)
         and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"  # on "meta" there are no numbers
+        and not (tensor.is_quantized or tensor.is_complex())
         and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
         for tensor in part.values()
     )
@@ -105,6 +107,10 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 def _are_named_numbers(part: Any, *names: str) -> bool:
     return _is_named(part, *names) and _are_numbers(part.values())
+
+
+def _are_sums(part: Any) -> bool:
+    return _are_named_numbers(part) and all(map(math.isfinite, part.values()))
 
 
 def _are_statistics(pair: Any) -> bool:
@@ -134,7 +140,8 @@ PARTS_OF_STATE: dict[str, Callable[[Any], bool]] = {
     "options": lambda part: _is_named(part) and all(isinstance(value, PLAIN) for value in part.values()),
     "normalization": _are_statistics,
     "history": _is_history,
-    **dict.fromkeys(("sums", "images"), _are_named_numbers),
+    "sums": _are_sums,
+    "images": _are_named_numbers,
     "optimizer": lambda part: _is_named(part, "state", "param_groups"),
     "iterations_done": lambda number: isinstance(number, int) and number >= 0,
     "form": _is_form,

@@ -28,6 +28,7 @@ from utils.errors import UserError
 from utils.files import parsed_json, replace_file, replace_folder, write_text
 from utils.options import Options, all_defaults
 from utils.progress import set_up_logging
+from utils.records import read_tests
 from utils.results import methods_of
 
 log = logging.getLogger(__name__)
@@ -98,15 +99,11 @@ def results_of(experiment: Path, state: Mapping[str, Any]) -> list[dict[str, Any
     if not file.is_file():
         log.warning("the experiment was not meta-tested, and the card says so; test it first to hand on its accuracy")
         return []
-    try:
-        rows = parsed_json(file.read_bytes())
-        epoch = f"epoch_{state['history'][-1]['epoch']}"
-        single = [row for row in rows if not row["model"].startswith("top-")]
-        own = [row for row in single if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); move it away and test again") from error
+    rows, epoch = read_tests(file), f"epoch_{state['history'][-1]['epoch']}"
+    single = [row for row in rows if not row["model"].startswith("top-") and not row.get("changed")]
+    own = [row for row in single if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]
     if left_out := len(rows) - len(own):
-        log.info("left out: %d results of ensembles, or of checkpoints other than %s", left_out, epoch)
+        log.info("left out: %d results of ensembles, or of other checkpoints or options than %s", left_out, epoch)
     return own
 
 

@@ -5,17 +5,16 @@ The file has one line per number. The first number of a row and shot is the one 
 says that none is known.
 """
 
-import csv
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
 from utils.names import same_dataset
+from utils.records import read_table
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "experiment_scripts"
 TABLE = SCRIPTS / "published.csv"
@@ -60,18 +59,15 @@ class Published:
 
 def read(path: Path = TABLE) -> list[Published]:
     """Return the lines of the table in order; raise UserError with the number of a line that is damaged."""
-    published = []
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        for line in lines:
-            try:
-                values: dict[str, Any] = line | {name: int(line[name]) for name in ("way", "shot")}
-                values |= {name: Decimal(line[name]) if line[name] else None for name in ("accuracy", "ci")}
-                published.append(Published(**values))
-                if published[-1].accuracy is not None and published[-1].mark not in MARKS:
-                    raise ValueError(f"the mark is none of {', '.join(MARKS)}")
-            except (InvalidOperation, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}, line {lines.line_num} cannot be read ({error}); correct it") from error
+    return read_table(path, _published)
+
+
+def _published(line: Mapping[str, str]) -> Published:
+    values: dict[str, Any] = {**line} | {name: int(line[name]) for name in ("way", "shot")}
+    values |= {name: Decimal(line[name]) if line[name] else None for name in ("accuracy", "ci")}
+    published = Published(**values)
+    if published.accuracy is not None and published.mark not in MARKS:
+        raise ValueError(f"the mark is none of {', '.join(MARKS)}")
     return published
 
 

@@ -1,6 +1,7 @@
 """What a run has left in its folder, read for the report, the comparison of runs and the trackers."""
 
 import csv
+import math
 import re
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -16,6 +17,7 @@ from utils.names import canonical_name
 Parsed = TypeVar("Parsed")
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 6  # support and query images of a class in a picture, at most
+HUGE = 1e30  # no number of a run is as large
 
 
 class Epoch(NamedTuple):
@@ -64,10 +66,12 @@ class Setup(NamedTuple):
 
 
 RESULT_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("dataset", "trained_on", "model", "split", "batch_norm"), str),
-    **dict.fromkeys(("way", "shot", "query", "episodes"), int),
+    **dict.fromkeys(("dataset", "trained_on", "model", "split", "batch_norm", "normalization"), str),
+    **dict.fromkeys(("way", "shot", "query", "episodes", "seed"), int),
     **dict.fromkeys(("accuracy", "ci95_per_episode", "ci95_per_query"), int | float),
+    "checkpoints": list,
 }
+MAY_BE_NAN = {"train_loss", "train_accuracy", "val_loss", "val_ci95_per_episode"}  # of an epoch
 
 
 class Result(NamedTuple):
@@ -148,8 +152,15 @@ def _read_options(path: Path) -> dict[str, Any]:
 
 def read_setup(folder: Path) -> Setup | None:
     """Return how the experiment is trained; None before it has begun. Raises UserError if the file is damaged."""
-    wanted, earlier = itemgetter(*Setup._fields), {"num_seeds": 1}  # what earlier versions did not write
-    return _parsed(folder / "logs" / "options.json", lambda path: Setup(*wanted(earlier | _read_options(path))))
+    return _parsed(folder / "logs" / "options.json", _read_setup)
+
+
+def _read_setup(path: Path) -> Setup:
+    earlier = {"num_seeds": 1}  # what earlier versions did not write
+    setup = Setup(*itemgetter(*Setup._fields)(earlier | _read_options(path)))
+    if not all(setup[3:5]):
+        raise ValueError("no task has 0 ways or 0 shots")
+    return setup
 
 
 def read_epochs(folder: Path) -> list[Epoch]:
@@ -162,30 +173,64 @@ def read_epochs(folder: Path) -> list[Epoch]:
 
 
 def _epoch(row: Mapping[str, str]) -> Epoch:
-    return Epoch(**{name: float(row[name]) for name in Epoch._fields if row.get(name)})
+    values = {name: float(row[name]) for name in Epoch._fields if row.get(name)}
+    for name, value in values.items():
+        if not (abs(value) < HUGE or (math.isnan(value) and name in MAY_BE_NAN)):
+            raise ValueError(f"{name} is {value}")
+    return Epoch(**values)
 
 
 def read_diagnostics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of logs/diagnostics.jsonl, none of an older run; raises UserError if the file is damaged."""
     path = folder / "logs" / "diagnostics.jsonl"
-    return _parsed(path, lambda path: [dict(parsed_json(line)) for line in whole_lines(path)]) or []
+    return _parsed(path, lambda path: [_record(line) for line in whole_lines(path)]) or []
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = dict(parsed_json(line))
+    numbers = [record[name] for name in ("epoch", "iterations", "tasks")]
+    numbers += [record[name] for name in ("peak_memory_gib", "dropblock_keep") if name in record]
+    if not all(abs(number) < HUGE for number in numbers):
+        raise ValueError(f"{max(numbers)} is among its numbers")
+    for name, series in record["series"].items():
+        mean, std = series["mean"], series["std"]
+        if len(mean) != len(std) or not mean or not all(isinstance(number, int | float) for number in (*mean, *std)):
+            raise ValueError(f"the series {name} is not one of means and deviations")
+    return record
 
 
 def read_results(folder: Path) -> list[Result]:
     """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
-    path = folder / "logs" / "test_summary.json"
-    return _parsed(path, lambda path: [_result(entry) for entry in parsed_json(path.read_bytes())]) or []
+    return list(map(_result, read_tests(folder / "logs" / "test_summary.json")))
 
 
-def _result(entry: Mapping[str, Any]) -> Result:
+def read_tests(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a test_summary.json, none where it is not there; raises UserError if it is damaged."""
+    try:
+        entries = parsed_json(path.read_bytes()) if path.is_file() else []
+        return [dict(_checked(entry)) for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); move it away and test again") from error
+
+
+def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, kind in RESULT_KINDS.items():
         if not isinstance(entry[name], kind):
             raise TypeError(f"{name} is {entry[name]!r}")
+    if not 0 <= entry["accuracy"] <= 1 or min(entry["way"], entry["episodes"]) < 1:
+        raise ValueError("there is no such accuracy, way or number of episodes")
+    if not all(isinstance(name, str) for name in entry["checkpoints"]):
+        raise TypeError("a checkpoint has no name")
+    return entry
+
+
+def _result(entry: Mapping[str, Any]) -> Result:
     method = f"{entry['head']} head" if entry.get("head") else f"{entry['steps']} inner steps"
     protocol = (
         f"Meta-test: {entry['episodes']:,} episodes of the {entry['split']} split, "
         f"{entry['way']}-way {entry['shot']}-shot, {entry['query']} query images per class,\n"
         f"{method}, {entry['batch_norm']} batch norm, seed {entry['seed']}; chance level {100 / entry['way']:.2f} %"
+        + (f"; not as trained: {entry['changed']}" if entry.get("changed") else "")
         + (f"; {entry['guessed']} tasks guessed" if entry.get("guessed") else "")
     )
     plain = {name: entry[name] for name in ("dataset", "trained_on", "model", "way", "shot")}
@@ -222,7 +267,28 @@ def read_confusions(folder: Path) -> dict[str, list[Pair]]:
 
 def _read_pairs(path: Path) -> list[Pair]:
     rows = csv.DictReader(whole_lines(path))
-    return [Pair(row["true"], row["predicted"], int(row["answers"]), int(row["of"])) for row in rows]
+    pairs = [Pair(row["true"], row["predicted"], int(row["answers"]), int(row["of"])) for row in rows]
+    if not all(0 <= pair.answers <= pair.of and pair.of for pair in pairs):
+        raise ValueError("it has more answers than there were")
+    return pairs
+
+
+def read_table(path: Path, parse: Callable[[dict[str, str]], Parsed]) -> list[Parsed]:
+    """Return what `parse` makes of each row of a CSV file that has some.
+
+    Raises UserError with the number of a line that is damaged.
+    """
+    rows: list[Parsed] = []
+    reader = None
+    try:
+        reader = csv.DictReader(whole_lines(path))
+        rows += map(parse, reader)
+        if not rows:
+            raise ValueError("there is no row")
+    except (ArithmeticError, LookupError, TypeError, ValueError, csv.Error) as error:
+        place = f", line {reader.line_num}" if reader else ""
+        raise UserError(f"{path}{place} cannot be read ({error}); correct it") from error
+    return rows
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -9,7 +9,6 @@ A run is a folder with logs/test_summary.json. Runs that differ in nothing but t
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import logging
@@ -31,7 +30,7 @@ from utils.files import parsed_json, write_csv, write_text
 from utils.options import Options, declaration
 from utils.progress import set_up_logging
 from utils.published import MARKS, SCRIPTS, Published
-from utils.records import whole_lines
+from utils.records import read_epochs, read_table, read_tests
 from utils.scores import is_ensemble
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class Row:
     episodes: int
     batch_norm: str
     normalization: str  # of the pixels
-    adaptation: str  # inner steps or the head, in the test
+    adaptation: str  # inner steps or the head in the test, and what else was not as trained
     iterations: int
     seeds: int
     single: float | None
@@ -82,7 +81,7 @@ class Row:
 
     @property
     def name(self) -> tuple[object, ...]:
-        """Return what two lines have in common of which the later replaces the earlier."""
+        """Return what seeds of one training and test have in common."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:12])
 
     @property
@@ -147,7 +146,7 @@ def _tests(logs: Path) -> Iterator[Tested]:
     options, training = Options.from_mapping(saved, str(logs / "options.json"), saved=True), _training(logs)
     values = dataclasses.asdict(options)
     of_run = {n: v for n, v in values.items() if n not in SEEDS and declaration(n).resume != "ignore"}
-    summary = parsed_json((logs / "test_summary.json").read_bytes())
+    summary = read_tests(logs / "test_summary.json")
     by_protocol: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in sorted(summary, key=lambda result: result["model"] != "single best"):
         by_protocol.setdefault(identity({**result, "model": ""}), []).append(result)
@@ -158,12 +157,12 @@ def _tests(logs: Path) -> Iterator[Tested]:
 
 def _training(logs: Path) -> dict[str, Any]:
     """Return what a training cost and where; hours and memory are None where they are not recorded."""
-    epochs = list(csv.DictReader(whole_lines(logs / "summary_statistics.csv")))
+    epochs = read_epochs(logs.parent)
     environments = read_environments(logs / "environment.json")
     devices, commits = (list(dict.fromkeys(_place(e)[k] for e in environments)) for k in (0, 1))
     return {
-        "iterations": int(epochs[-1]["iterations"]),
-        "hours": round(sum(float(epoch["seconds"]) for epoch in epochs) / 3600, 2),
+        "iterations": int(epochs[-1].iterations),
+        "hours": round(sum(epoch.seconds for epoch in epochs) / 3600, 2),
         "peak_gib": round(max(e["peak_memory_gib"] for e in environments), 2) if environments else None,
         "device": "; ".join(devices),
         "commit": "; ".join(commits),
@@ -189,7 +188,8 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
     values: dict[str, Any] = {name: first[name] for name in names} | dict(training)
     values |= {"method": method, "network": options.backbone, "seeds": 1}
     values |= {"single": single[0], "single_pm": single[1], "ensemble": ensemble[0], "ensemble_pm": ensemble[1]}
-    return Row(adaptation=first.get("head") or f"{first['steps']} steps", **values)
+    adaptation = first.get("head") or f"{first['steps']} steps"
+    return Row(adaptation=", ".join(filter(None, (adaptation, first.get("changed")))), **values)
 
 
 def method_of(options: Any) -> str:
@@ -281,7 +281,7 @@ def markdown(rows: Iterable[Row], lines: Sequence[Published]) -> str:
             row.device,
             row.commit,
         ]
-        table.append([cell or "–" for cell in cells])
+        table.append([" ".join(cell.split()).replace("|", r"\|") or "–" for cell in cells])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table) + f"\n{LEGEND}\n"
 
 
@@ -323,14 +323,8 @@ def _is_whole(row: Row, line: Published, lines: Sequence[Published]) -> bool:
 
 def read_rows(path: Path) -> list[Row]:
     """Return the lines of a CSV file that `write_rows` wrote; raises UserError with the number of a damaged one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        lines, rows = csv.DictReader(file), []
-        for line in lines:
-            try:
-                rows.append(Row(**{f.name: _parsed(line[f.name], f.type) for f in dataclasses.fields(Row)}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}, line {lines.line_num} cannot be read ({error}); correct it") from error
-    return rows
+    fields = dataclasses.fields(Row)
+    return read_table(path, lambda line: Row(**{field.name: _parsed(line[field.name], field.type) for field in fields}))
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -353,9 +347,10 @@ def write(rows: Sequence[Row], folder: Path) -> str:
 
 
 def keep(rows: Sequence[Row]) -> None:
-    """Add results to those that the project keeps; a repeated one replaces the earlier."""
-    new = {row.name for row in rows}
-    kept = [row for row in read_rows(KEPT) if row.name not in new]
+    """Add results to those that the project keeps; one of as many seeds on such a device replaces the earlier."""
+    same = attrgetter("name", "seeds", "device")
+    new = set(map(same, rows))
+    kept = [row for row in read_rows(KEPT) if same(row) not in new]
     write_rows(KEPT, sorted([*kept, *rows], key=_order), published.read())
 
 
