@@ -97,6 +97,7 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
         ),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,0,0\n"),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,-5,3\n"),
+        ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,a,2,3\na,b,1,3\n"),
         ("logs/confusion_glyphs_1shot.csv", "true,predicted,answers,of\na,b,1\n"),
         ("visual_outputs/sample_episode_glyphs.npz", "PK\x03\x04 cut short"),
         ("visual_outputs/sample_episode_glyphs.npz", ""),

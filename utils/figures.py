@@ -127,8 +127,8 @@ def draw_resources(run: Run) -> "Figure":
         ("Learning rate", "outer learning rate", done, column(run.epochs, "learning_rate")),
         ("Time", "s per iteration", done, column(run.epochs, "seconds") / per_epoch),
     ]
-    if run.diagnostics:
-        iterations, memory = recorded(run, "iterations"), recorded(run, "peak_memory_gib")
+    if len(memory := recorded(run, "peak_memory_gib")):
+        iterations = recorded(run, "iterations")[-len(memory) :]
         panels.append(("Memory", "peak so far (GiB)", iterations, memory))
     figure, axes = plain((10, 2.9), len(panels))
     for panel, (title, label, x, y) in zip(axes, panels, strict=True):

@@ -270,6 +270,8 @@ def _read_pairs(path: Path) -> list[Pair]:
     pairs = [Pair(row["true"], row["predicted"], int(row["answers"]), int(row["of"])) for row in rows]
     if not all(0 <= pair.answers <= pair.of and pair.of for pair in pairs):
         raise ValueError("it has more answers than there were")
+    if {name for pair in pairs for name in pair[:2]} != {pair.true for pair in pairs if pair.true == pair.predicted}:
+        raise ValueError("a class has no row of its own")
     return pairs
 
 
