@@ -22,6 +22,8 @@ from utils.options import Options
 
 # x_support, x_target (tasks, way, images, C, H, W), y_support, y_target (tasks, way, images)
 DataBatch = Sequence[Any]
+# Settings of the optimisers that no option changes.
+OPTIMISER_CONSTANTS = {"betas", "eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"}
 
 
 class Tasks(NamedTuple):
@@ -259,18 +261,20 @@ class FewShotLearner(nn.Module):
         self.load_state(state, path, with_optimizer)
         return state
 
-    def _check_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Raise UserError for settings and averages that torch would load, and fail with in the next step."""
-        for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-            for name in ("lr", "betas", "eps", "momentum", "weight_decay"):
-                numbers = saved.get(name, 0) if isinstance(group.get(name), tuple) else (saved.get(name, 0),)
-                if not all(isinstance(number, int | float) for number in numbers):
-                    raise UserError(f"the optimiser's {name} is {saved[name]!r}")
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for number, averages in state["state"].items():
-            shapes = {tuple(average.shape) for average in averages.values() if average is not None and average.dim()}
-            if shapes - {tuple(parameters[number].shape)}:
-                raise UserError(f"the optimiser's averages of parameter {number} have another shape")
+    def _check_optimizer(self, before: Mapping[str, Any]) -> None:
+        """Raise UserError or another error if what the optimiser loaded would make its next step fail."""
+        for group, own in zip(self.optimizer.param_groups, before["param_groups"], strict=True):
+            for name in OPTIMISER_CONSTANTS & own.keys():
+                if group[name] != own[name]:
+                    raise UserError(f"the optimiser's {name} is {group[name]!r}, this model's {own[name]!r}")
+            for name in ("lr", "weight_decay"):
+                if not isinstance(group[name], int | float):
+                    raise UserError(f"the optimiser's {name} is {group[name]!r}")
+        averages = ("exp_avg", "exp_avg_sq") if "betas" in before["param_groups"][0] else ("momentum_buffer",)
+        for parameter, state in self.optimizer.state.items():
+            for name in averages:
+                if state[name].shape != parameter.shape:
+                    raise UserError(f"the optimiser's {name} has the shape {tuple(state[name].shape)}")
 
     def load_state(self, state: Mapping[str, Any], path: Path, with_optimizer: bool = True) -> None:
         """Restore the weights and, if wanted, the optimiser from the state that was read from `path`.
@@ -281,10 +285,10 @@ class FewShotLearner(nn.Module):
         try:
             weights = self.weights_in(state)
             if "optimizer" in state and with_optimizer:
-                self._check_optimizer(state["optimizer"])
                 self.optimizer.load_state_dict(state["optimizer"])
+                self._check_optimizer(before)
             load_official(self, weights)
-        except (ValueError, TypeError, AttributeError, LookupError) as error:  # torch checks little of an optimiser's
+        except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:  # an optimiser's too
             self.optimizer.load_state_dict(before)
             raise UserError(f"{path} does not fit this model: {error}") from error
         self.iterations_done = state.get("iterations_done", 0)

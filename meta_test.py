@@ -21,7 +21,7 @@ from utils.cross_domain import write_cross_domain
 from utils.errors import UserError
 from utils.files import only_process, replace_file, write_csv, write_text
 from utils.names import find_dataset
-from utils.options import Options, differences
+from utils.options import GRADIENT, Options, declaration, differences
 from utils.progress import progress_bar
 from utils.records import read_tests
 from utils.scores import score
@@ -154,10 +154,13 @@ def meta_test(
 
 
 def changes_of(options: Options, trained: Mapping[str, Any] | None) -> str:
-    """Return the options that a test has otherwise than the training, less what its results name in another way."""
-    named = {"num_classes_per_set", "num_samples_per_class", "batch_norm", "head", "C_reg", "lambda_reg"}
+    """Return the options whose value in a test is not that of the training, without those that other columns show."""
+    shown = {"num_classes_per_set", "num_samples_per_class", "number_of_training_steps_per_iter", "batch_norm", "head"}
     found = differences(trained, options, "test") if trained else []
-    return ", ".join(f"{one.name}={one.now}" for one in found if one.name not in named)
+    found = [one for one in found if one.name not in shown and "head" not in declaration(one.name).only]
+    if options.head:  # it takes the place of inner steps
+        found = [one for one in found if declaration(one.name).only != GRADIENT]
+    return ", ".join(f"{one.name}={one.now}" for one in found)
 
 
 def write_samples(folder: Path, episodes: Episodes, logits: Tensor, name: str) -> None:

@@ -23,6 +23,7 @@ from utils import distributed, entry, seeds
 from utils.devices import choose_device, gpu_ids
 from utils.options import Options, parse_args
 from utils.progress import set_up_logging
+from utils.records import read_tests
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def run_seed(options: Options, device: torch.device) -> None:
     experiment = Experiment(options, build_learner(device, options))
     if not options.evaluate_on_test_set_only:
         check_tests(options)  # what is wrong with them should not come out after the training
+        read_tests(experiment.folder / "logs" / "test_summary.json")
         experiment.train()
     experiment.meta_test()
 

@@ -85,6 +85,8 @@ def test_runs_of_one_name_in_two_places_are_told_apart(tmp_path: Path) -> None:
     axes: list[Any] = draw(found, tests).axes
     assert len({line.get_color() for line in axes[0].lines}) == 2
     assert axes[1].get_yticklabels()[0].get_text() == f"{found[0].folder}\nglyphs, 5-way 1-shot"
+    write_results(found[0].folder, result("glyphs", 0.7, changed="a=1"))
+    assert outcomes(read_runs([found[0].folder]))[0].name == "glyphs, 5-way 1-shot (a=1)"
 
 
 def test_what_cannot_be_compared_is_an_error(runs: list[Path], tmp_path: Path) -> None:

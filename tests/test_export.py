@@ -110,7 +110,11 @@ def test_results_are_those_of_the_exported_epoch(
     assert json.loads((model / "test_summary.json").read_text()) == tested[:1]
     capsys.readouterr()
     export(cxgrad_run, tmp_path / "again")
-    assert "left out: 1 results of ensembles, or of other checkpoints or options than epoch_" in capsys.readouterr().out
+    assert "left out: 1 results of ensembles, of checkpoints other than epoch_" in capsys.readouterr().out
+    run = shutil.copytree(cxgrad_run, tmp_path / "run")
+    (run / "logs" / "test_summary.json").write_text(json.dumps([tested[0], tested[0] | {"changed": "a=1"}]))
+    export(run, tmp_path / "other")
+    assert json.loads((tmp_path / "other" / "test_summary.json").read_text()) == tested[:1]
 
 
 def test_the_card_says_what_the_model_is_and_what_was_measured(model: Path) -> None:

@@ -25,6 +25,7 @@ from utils.figures import (
     draw_gradient_norms,
     draw_head,
     draw_overview,
+    draw_resources,
     draw_steps,
     one_line,
     pictures,
@@ -173,6 +174,18 @@ def test_steps_are_drawn_of_the_first_a_middle_and_the_last_epoch(folder: Path) 
     axes = axes_of(draw_steps(read_run(folder)))
     labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert labels == ["chance, 20 %", "epoch 1", "epoch 5", "epoch 9"]
+
+
+def test_memory_is_drawn_where_it_is_recorded(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write_inside(folder)
+    assert len(draw_resources(read_run(folder)).axes) == 3
+    lines = (folder / "logs" / "diagnostics.jsonl").read_text().replace('"peak_memory_gib": 0.5, ', "", 1)
+    (folder / "logs" / "diagnostics.jsonl").write_text(lines)
+    (line,) = draw_resources(read_run(folder)).axes[2].lines
+    assert np.array_equal(line.get_xdata(), [1000, 1500])
+    (folder / "logs" / "diagnostics.jsonl").write_text("")
+    assert len(draw_resources(read_run(folder)).axes) == 2
 
 
 def test_a_head_shows_what_it_has(tmp_path: Path) -> None:

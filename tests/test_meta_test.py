@@ -11,7 +11,7 @@ import pytest
 
 from meta_test import changes_of, write_results
 from utils.errors import UserError
-from utils.options import parse_args
+from utils.options import changed, parse_args
 
 FORK = multiprocessing.get_context("fork")
 ROWS = 10  # of each process
@@ -68,6 +68,8 @@ def test_changes_are_what_results_do_not_say_in_another_way() -> None:
     options = parse_args([*words, "--num_samples_per_class", "5", "--batch_norm", "transductive", "--batch_size", "8"])
     assert changes_of(options, trained) == "init_inner_loop_learning_rate=5.0, context_params_learning_rate=0.0"
     assert changes_of(options, None) == ""
+    body = changed(options, {"head": "Ridge", "lambda_reg": 3.0, "evaluate_on_test_set_only": True})
+    assert changes_of(body, trained) == "", "a head has no inner steps, and its own column shows its options"
 
 
 @pytest.mark.parametrize("text", ['[{"dataset"', "[" * 10**5, "5", "[5]", '{"a": 1}', '[{"model": "best"}]', "[[]]"])

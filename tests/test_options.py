@@ -59,11 +59,6 @@ def test_command_line_wins_over_json_which_wins_over_defaults(tmp_path: Path) ->
         (["--resnet_widths", "9" * 5000, "--backbone", "ResNet-12"], r"--resnet_widths is '9{30}.*; it takes numbers"),
         (["--test_shots", "1,²"], r"--test_shots is '1,²'; it takes numbers such as 1,5"),
         (["--experiment_name", ""], r"--experiment_name is ''; it takes text that can stand in"),
-        (
-            ["--experiment_name", "a/../../b"],
-            r"--experiment_name is 'a/../../b'; it names a folder below --experiments_dir",
-        ),
-        (["--experiment_name", "/a"], r"--experiment_name is '/a'; it names a folder below --experiments_dir"),
         (["--dataset_name", "a\nb"], r"--dataset_name is 'a\\nb'; it takes text that can stand in"),
         (["--learner", "HEAD", "--head", "Rigde"], r"--head is 'Rigde'; it is one of ProtoNet"),
         (["--meta_learning_rate", "nan"], r"--meta_learning_rate is nan; it must be a number from 0 up"),

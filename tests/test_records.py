@@ -89,8 +89,9 @@ def test_a_run_without_a_finished_epoch_is_named_with_the_command_that_trains_it
         ("logs/diagnostics.jsonl", '{"epoch": NaN, "iterations": 5, "tasks": 8, "series": {}}\n'),
         (
             "logs/diagnostics.jsonl",
-            '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {"accuracy": {"mean": [1]}}}\n',
+            '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {"accuracy": {"mean": [1, 1], "std": [1]}}}\n',
         ),
+        ("logs/diagnostics.jsonl", '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {}, "peak_memory_gib": NaN}\n'),
         (
             "logs/diagnostics.jsonl",
             '{"epoch": 1, "iterations": 5, "tasks": 8, "series": {"gamma/x": {"mean": ["a"], "std": [1]}}}\n',

@@ -74,6 +74,12 @@ def test_text_names_both_intervals_the_protocol_and_the_chance_level(folder: Pat
     assert "single best: epoch_2 top-3 ensemble: epoch_2, epoch_3, epoch_1" in text
 
 
+def test_a_test_with_changed_options_says_so(folder: Path) -> None:
+    write_results(folder, result("glyphs", 0.78), result("glyphs", 0.5, changed="init_inner_loop_learning_rate=5.0"))
+    before, after = report_of(folder).split("not as trained: init_inner_loop_learning_rate=5.0")
+    assert "78.00" in before and "50.00" in after and "78.00" not in after
+
+
 def test_results_of_another_protocol_get_their_own_table(folder: Path) -> None:
     write_results(folder, result("glyphs", 0.7803), result("glyphs", 0.9, episodes=2000))
     before, after = report_of(folder).split("Meta-test: 2,000 episodes")

@@ -48,6 +48,7 @@ ROW = Row(
     batch_norm="transductive",
     normalization="channel",
     adaptation="5 steps",
+    changed="",
     iterations=50000,
     seeds=1,
     single=50.25,
@@ -223,6 +224,11 @@ def test_the_readme_shows_ours_where_the_whole_script_was_run() -> None:
     assert headlines([replace(ROW, dataset="CUB")], LINES) == headlines([], LINES)
     assert headlines([replace(ROW, batch_norm="running")], LINES) == headlines([], LINES)
     assert headlines([ROW], LINES).splitlines()[2].endswith("| 50.25 ± 0.70 / not run yet |")
+    changed = replace(ROW, single=21.0, changed="init_inner_loop_learning_rate=5.0")
+    assert headlines([ROW, changed], LINES) == headlines([ROW], LINES)
+    assert record(changed, LINES)["published"] == ""
+    assert changed.title == f"{ROW.title} (init_inner_loop_learning_rate=5.0)"
+    assert "| 5 steps, init_inner_loop_learning_rate=5.0 |" in markdown([changed], LINES)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def _are_weights(part: Any) -> bool:
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values)
+    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in values)
 
 
 def _are_named_numbers(part: Any, *names: str) -> bool:

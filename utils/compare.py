@@ -43,7 +43,8 @@ class Outcome(NamedTuple):
     @property
     def name(self) -> str:
         first = self.results[0]
-        return f"{first.dataset}, {first.way}-way {first.shot}-shot"
+        changed = f" ({first.changed})" if first.changed else ""
+        return f"{first.dataset}, {first.way}-way {first.shot}-shot{changed}"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

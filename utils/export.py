@@ -94,7 +94,7 @@ def best_of(experiment: Path) -> Path:
 
 
 def results_of(experiment: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of the epoch in `state`, and say which are left out; UserError where they are damaged."""
+    """Return the results of the epoch in `state` as trained, and say what is left out; UserError for a damaged file."""
     file = experiment / "logs" / RESULTS
     if not file.is_file():
         log.warning("the experiment was not meta-tested, and the card says so; test it first to hand on its accuracy")
@@ -103,7 +103,9 @@ def results_of(experiment: Path, state: Mapping[str, Any]) -> list[dict[str, Any
     single = [row for row in rows if not row["model"].startswith("top-") and not row.get("changed")]
     own = [row for row in single if [name.removesuffix(".pth") for name in row["checkpoints"]] == [epoch]]
     if left_out := len(rows) - len(own):
-        log.info("left out: %d results of ensembles, or of other checkpoints or options than %s", left_out, epoch)
+        log.info(
+            "left out: %d results of ensembles, of checkpoints other than %s, or of changed options", left_out, epoch
+        )
     return own
 
 

@@ -127,9 +127,8 @@ def draw_resources(run: Run) -> "Figure":
         ("Learning rate", "outer learning rate", done, column(run.epochs, "learning_rate")),
         ("Time", "s per iteration", done, column(run.epochs, "seconds") / per_epoch),
     ]
-    if len(memory := recorded(run, "peak_memory_gib")):
-        iterations = recorded(run, "iterations")[-len(memory) :]
-        panels.append(("Memory", "peak so far (GiB)", iterations, memory))
+    if memory := [(one["iterations"], one["peak_memory_gib"]) for one in run.diagnostics if "peak_memory_gib" in one]:
+        panels.append(("Memory", "peak so far (GiB)", *np.array(memory).T))
     figure, axes = plain((10, 2.9), len(panels))
     for panel, (title, label, x, y) in zip(axes, panels, strict=True):
         panel.plot(x, y, color=VALIDATION, **marks(len(x)))

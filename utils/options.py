@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 from utils import metaoptnet
 from utils.errors import UserError
 from utils.files import parsed_json
-from utils.names import can_name_a_file, canonical_name, leads_out, same_dataset
+from utils.names import can_name_a_file, canonical_name, same_dataset
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -440,8 +440,6 @@ def _contradictions(options: Options) -> Iterator[str]:
     names = [canonical_name(name) for name in options.test_dataset_list]
     if "" in names or len(set(names)) < len(names):
         yield f"--test_datasets is {brief(options.test_datasets)}; it takes different names such as CUB,glyphs"
-    if leads_out(options.experiment_name):
-        yield f"--experiment_name is {brief(options.experiment_name)}; it names a folder below --experiments_dir"
     if not _are_counts((options.test_shots or "1").split(",")):
         yield f"--test_shots is {brief(options.test_shots)}; it takes numbers such as 1,5"
     if (top := options.top_n_models) > (kept := options.max_models_to_save):

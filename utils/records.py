@@ -17,7 +17,7 @@ from utils.names import canonical_name
 Parsed = TypeVar("Parsed")
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 6  # support and query images of a class in a picture, at most
-HUGE = 1e30  # no number of a run is as large
+HUGE = 1e39  # float32 has no number as large
 
 
 class Epoch(NamedTuple):
@@ -71,6 +71,7 @@ RESULT_KINDS: dict[str, Any] = {
     **dict.fromkeys(("accuracy", "ci95_per_episode", "ci95_per_query"), int | float),
     "checkpoints": list,
 }
+LATER_COLUMNS = {"changed": "", "guessed": 0}  # and what they are in results of before them
 MAY_BE_NAN = {"train_loss", "train_accuracy", "val_loss", "val_ci95_per_episode"}  # of an epoch
 
 
@@ -86,6 +87,7 @@ class Result(NamedTuple):
     accuracy: float
     ci95_per_episode: float
     ci95_per_query: float
+    changed: str  # what the test had otherwise than the training
     protocol: str  # in words
 
     @property
@@ -158,7 +160,7 @@ def read_setup(folder: Path) -> Setup | None:
 def _read_setup(path: Path) -> Setup:
     earlier = {"num_seeds": 1}  # what earlier versions did not write
     setup = Setup(*itemgetter(*Setup._fields)(earlier | _read_options(path)))
-    if not all(setup[3:5]):
+    if not (setup.num_classes_per_set and setup.num_samples_per_class):
         raise ValueError("no task has 0 ways or 0 shots")
     return setup
 
@@ -191,7 +193,7 @@ def _record(line: str) -> dict[str, Any]:
     numbers = [record[name] for name in ("epoch", "iterations", "tasks")]
     numbers += [record[name] for name in ("peak_memory_gib", "dropblock_keep") if name in record]
     if not all(abs(number) < HUGE for number in numbers):
-        raise ValueError(f"{max(numbers)} is among its numbers")
+        raise ValueError("not all of its numbers are finite")
     for name, series in record["series"].items():
         mean, std = series["mean"], series["std"]
         if len(mean) != len(std) or not mean or not all(isinstance(number, int | float) for number in (*mean, *std)):
@@ -201,27 +203,33 @@ def _record(line: str) -> dict[str, Any]:
 
 def read_results(folder: Path) -> list[Result]:
     """Return the results of the meta-tests, none before the first; raises UserError if the file is damaged."""
-    return list(map(_result, read_tests(folder / "logs" / "test_summary.json")))
+    return [_result(entry) for entry in read_tests(folder / "logs" / "test_summary.json")]
 
 
 def read_tests(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a test_summary.json, none where it is not there; raises UserError if it is damaged."""
     try:
-        entries = parsed_json(path.read_bytes()) if path.is_file() else []
-        return [dict(_checked(entry)) for entry in entries]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        entries: list[dict[str, Any]] = parsed_json(path.read_bytes()) if path.is_file() else []
+        if not isinstance(entries, list):
+            raise TypeError("it is no list")
+        for entry in entries:
+            _check_test(entry)
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); move it away and test again") from error
+    return entries
 
 
-def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name, kind in RESULT_KINDS.items():
-        if not isinstance(entry[name], kind):
-            raise TypeError(f"{name} is {entry[name]!r}")
-    if not 0 <= entry["accuracy"] <= 1 or min(entry["way"], entry["episodes"]) < 1:
-        raise ValueError("there is no such accuracy, way or number of episodes")
+def _check_test(entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise TypeError(f"{entry!r} is no result")
+    adaptation = {"head": str} if entry.get("head") else {"steps": int}
+    for name, kind in (RESULT_KINDS | adaptation | {"changed": str, "guessed": int}).items():
+        if not isinstance(entry.get(name, LATER_COLUMNS.get(name)), kind):
+            raise TypeError(f"{name} is {entry.get(name)!r}")
+    if not 0 <= entry["accuracy"] <= 1 or min(entry[name] for name in ("way", "shot", "query", "episodes")) < 1:
+        raise ValueError("there is no such accuracy, way, shot, query or number of episodes")
     if not all(isinstance(name, str) for name in entry["checkpoints"]):
         raise TypeError("a checkpoint has no name")
-    return entry
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
@@ -236,7 +244,7 @@ def _result(entry: Mapping[str, Any]) -> Result:
     plain = {name: entry[name] for name in ("dataset", "trained_on", "model", "way", "shot")}
     scores = {name: 100 * entry[name] for name in ("accuracy", "ci95_per_episode", "ci95_per_query")}
     checkpoints = f"{entry['model']}: {', '.join(entry['checkpoints'])}"
-    return Result(**plain, **scores, checkpoints=checkpoints, protocol=protocol)
+    return Result(**plain, **scores, checkpoints=checkpoints, changed=entry.get("changed", ""), protocol=protocol)
 
 
 def read_episodes(folder: Path) -> dict[str, Episode]:
@@ -276,9 +284,9 @@ def _read_pairs(path: Path) -> list[Pair]:
 
 
 def read_table(path: Path, parse: Callable[[dict[str, str]], Parsed]) -> list[Parsed]:
-    """Return what `parse` makes of each row of a CSV file that has some.
+    """Return what `parse` makes of each row of a CSV file.
 
-    Raises UserError with the number of a line that is damaged.
+    Raises UserError with the number of a line that is damaged, and where there is no row.
     """
     rows: list[Parsed] = []
     reader = None

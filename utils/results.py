@@ -67,7 +67,8 @@ class Row:
     episodes: int
     batch_norm: str
     normalization: str  # of the pixels
-    adaptation: str  # inner steps or the head in the test, and what else was not as trained
+    adaptation: str  # inner steps or the head, in the test
+    changed: str  # what else the test had otherwise than the training
     iterations: int
     seeds: int
     single: float | None
@@ -82,12 +83,13 @@ class Row:
     @property
     def name(self) -> tuple[object, ...]:
         """Return what seeds of one training and test have in common."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:12])
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:13])
 
     @property
     def title(self) -> str:
         """Return the line in words, without its numbers."""
-        return f"{self.method}, {self.network}, {self.data} {self.way}-way {self.shot}-shot"
+        changed = f" ({self.changed})" if self.changed else ""
+        return f"{self.method}, {self.network}, {self.data} {self.way}-way {self.shot}-shot{changed}"
 
     @property
     def data(self) -> str:
@@ -189,7 +191,7 @@ def _row(options: Options, training: Mapping[str, Any], results: Sequence[Mappin
     values |= {"method": method, "network": options.backbone, "seeds": 1}
     values |= {"single": single[0], "single_pm": single[1], "ensemble": ensemble[0], "ensemble_pm": ensemble[1]}
     adaptation = first.get("head") or f"{first['steps']} steps"
-    return Row(adaptation=", ".join(filter(None, (adaptation, first.get("changed")))), **values)
+    return Row(adaptation=adaptation, changed=first.get("changed", ""), **values)
 
 
 def method_of(options: Any) -> str:
@@ -247,7 +249,7 @@ def recipe_iterations(line: Published) -> int:
 def record(row: Row, lines: Sequence[Published]) -> dict[str, Any]:
     """Return a line of the CSV file: the row, what was published of it, and the iterations of its script."""
     line = published_line(row, lines)
-    known = line if line and line.accuracy is not None and row.dataset == row.trained_on else None
+    known = line if line and line.accuracy is not None and row.dataset == row.trained_on and not row.changed else None
     return dataclasses.asdict(row) | {
         "recipe_iterations": recipe_iterations(line) if line else "",
         "published": f"{known.number}{MARKS[known.mark][1]}" if known else "",
@@ -274,7 +276,7 @@ def markdown(rows: Iterable[Row], lines: Sequence[Published]) -> str:
             *accuracies(row),
             row.batch_norm,
             row.normalization,
-            row.adaptation,
+            ", ".join(filter(None, (row.adaptation, row.changed))),
             f"{row.iterations:,}" + (f" of {of:,}" if of else ""),
             f"{row.episodes:,}",
             *("" if value is None else f"{value:.2f}" for value in (row.hours, row.peak_gib)),
@@ -314,8 +316,8 @@ def headlines(rows: Sequence[Row], lines: Sequence[Published]) -> str:
 def _is_whole(row: Row, line: Published, lines: Sequence[Published]) -> bool:
     """Return whether a result is one of the published line, trained as long and tested as its script says."""
     batch_norm = "running" if line.has_head else "transductive"
-    as_published = (row.dataset, row.batch_norm) == (row.trained_on, batch_norm) and published_line(row, lines) == line
-    return as_published and row.iterations >= recipe_iterations(line)
+    as_published = (row.dataset, row.batch_norm, row.changed) == (row.trained_on, batch_norm, "")
+    return as_published and published_line(row, lines) == line and row.iterations >= recipe_iterations(line)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -347,7 +349,7 @@ def write(rows: Sequence[Row], folder: Path) -> str:
 
 
 def keep(rows: Sequence[Row]) -> None:
-    """Add results to those that the project keeps; one of as many seeds on such a device replaces the earlier."""
+    """Add results to those that the project keeps; each replaces an earlier one with as many seeds and its device."""
     same = attrgetter("name", "seeds", "device")
     new = set(map(same, rows))
     kept = [row for row in read_rows(KEPT) if same(row) not in new]
