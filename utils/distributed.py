@@ -1,11 +1,13 @@
 """One process per device, started by torchrun; without torchrun every function here does nothing."""
 
+import atexit
 import importlib
 import itertools
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 PATIENCE = timedelta(minutes=10)  # for another process, in training and evaluation
+GRACE = 10  # seconds in which the process that failed ends before one that misses it, so that torchrun names the former
 PATIENCE_WITH_MAIN = timedelta(hours=6)  # for the cache of a large data set, which one process builds
 _passages = itertools.count()
 
@@ -72,6 +75,7 @@ def processes(device: torch.device) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
+            atexit.register(time.sleep, GRACE)  # torchrun's SIGTERM cuts it short
             minutes = PATIENCE.total_seconds() / 60
             raise UserError(
                 f"process {rank()} lost another one, which ended or did not answer for {minutes:g} minutes; its own "
