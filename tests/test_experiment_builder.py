@@ -595,7 +595,7 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 
 
 def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp_path: Path) -> None:
-    slowly = "import atexit, time; atexit.register(time.sleep, 3)"  # so that the other one notices long before its end
+    slowly = "import atexit, time; atexit.register(time.sleep, 2)"  # so that the other one notices long before its end
     status, output = train_with_two(tmp_path, toy_data, act=f"if distributed.rank() == 1: {slowly}; 1 / 0")
     assert status == 2 and "ZeroDivisionError" in output
     assert re.match(r"error: process 1 .* failed; its traceback is above", output.splitlines()[-1]), output
