@@ -269,7 +269,7 @@ class Experiment:
         stems = (path.name.removesuffix(self.model.suffix) for path in self.models.glob("epoch_*"))
         epochs = {int(digits) for stem in stems if (digits := stem.removeprefix("epoch_")).isdecimal()}
         names = ["latest", *(f"epoch_{epoch}" for epoch in sorted(epochs, reverse=True)), "best"]
-        return [path for path in map(self.file, names) if path.is_file()]
+        return [path for path in map(self.file, names) if path.exists()]
 
     def _check_state(self) -> None:
         """Raise UserError, in all processes, where weights or the optimiser's state are not finite."""
@@ -341,7 +341,7 @@ class Experiment:
     def _read(self, path: Path) -> dict[str, Any] | None:
         """Return what a checkpoint holds; None if it is not there or, with a warning, if it is damaged."""
         try:
-            return checkpoints.load(path) if path.is_file() else None
+            return checkpoints.load(path) if path.exists() else None
         except checkpoints.DamagedCheckpoint as error:
             log.warning("%s; going on without it", error)
             return None

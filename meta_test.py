@@ -119,21 +119,7 @@ def meta_test(
         episodes = evaluation_episodes(split, options, model.device, normalization)
         check_disjoint(episodes, options.num_evaluation_tasks)
         logits, answers, lost = query_logits(models, episodes, options, split.name)
-        way, _, query = options.evaluation_task
-        protocol = {
-            "dataset": split.name,
-            "split": "test",
-            "trained_on": find_dataset(Path(options.dataset_dir), options.dataset_name).name,
-            "episodes": options.num_evaluation_tasks,
-            "way": way,
-            "shot": shot,
-            "query": query,
-            "batch_norm": options.batch_norm,
-            "normalization": options.normalization,
-            "seed": options.val_seed,
-            **model.protocol(),
-            "changed": changed,
-        }
+        protocol = protocol_of(options, split.name) | model.protocol() | {"changed": changed}
         names = [path.name for path, _ in checkpoints]
         guessed = int(lost[0].sum()), int(lost.any(0).sum())  # of an ensemble: by one of its models at least
         scored = zip(labels, (names[:1], names), (logits[0], logits.mean(0)), guessed, strict=False)
@@ -151,6 +137,23 @@ def meta_test(
     if len(options.test_dataset_list) > 1 and distributed.is_main():
         log.info(write_cross_domain(folder, results))
     return results
+
+
+def protocol_of(options: Options, dataset: str) -> Result:
+    """Return which tasks a test is on and how their images are normalised."""
+    way, shot, query = options.evaluation_task
+    return {
+        "dataset": dataset,
+        "split": "test",
+        "trained_on": find_dataset(Path(options.dataset_dir), options.dataset_name).name,
+        "episodes": options.num_evaluation_tasks,
+        "way": way,
+        "shot": shot,
+        "query": query,
+        "batch_norm": options.batch_norm,
+        "normalization": options.normalization,
+        "seed": options.val_seed,
+    }
 
 
 def changes_of(options: Options, trained: Mapping[str, Any] | None) -> str:
