@@ -45,6 +45,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ("normalization", 0.5),
         ("normalization", ((0.5,), (0.5, 0.5))),
         ("normalization", ((float("nan"),), (0.5,))),
+        ("normalization", ((10**400,), (0.5,))),
         ("history", {}),
         ("history", [3]),
         ("optimizer", {}),
