@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from utils.progress import set_up_logging
 set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def stop_tracing() -> None:
+    """Trace neither this thread nor those that it starts."""
+    sys.settrace(None)
+    threading.settrace(None)
+
+
+os.register_at_fork(after_in_child=stop_tracing)  # what a forked process runs is slower by half then, and not counted
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,10 +50,11 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_coverage() -> Iterator[None]:
     """Do not trace a test that would take much longer then. pytest-cov's own marker does nothing under pytest-xdist."""
-    tracer = sys.gettrace()
-    sys.settrace(None)
+    tracers = sys.gettrace(), threading.gettrace()
+    stop_tracing()
     yield
-    sys.settrace(tracer)
+    sys.settrace(tracers[0])
+    threading.settrace(tracers[1])
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import mmap
 import os
 import runpy
 import signal
+import socket
 import struct
 import sys
 import time
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which torch.optim imports: each of the forked processes would take a second or two for it
 
 from utils.images import end_with
 
@@ -92,6 +94,22 @@ class Command:
         return self.output.read_text(errors="replace")
 
 
+def two_processes(folder: Path, words: Sequence[str], **variables: str) -> tuple[int, str]:
+    """Run a script in two processes that form a group, as torchrun starts them on one machine.
+
+    Returns an exit status that is not 0, if there is one, and what the two printed.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", **variables}
+    both = [
+        Command(folder / f"rank_{rank}", words, partial(os.environ.update, group, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(2)
+    ]
+    statuses = [process.wait() for process in both]
+    return next(filter(None, statuses), 0), "".join(process.printed() for process in both)
+
+
 def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
     """Return whether the condition came true in time."""
     deadline = time.monotonic() + seconds
@@ -112,7 +130,7 @@ def _become(
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (1, 2):
             os.dup2(file, standard)
-        os.closerange(3, 4096)  # what the parent has open it may wait for the end of
+        _let_go_of_files()
         sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(ROOT)
@@ -137,6 +155,18 @@ def _become(
             status = 120  # as Python does where what was printed last cannot be written
         finally:
             os._exit(status)
+
+
+def _let_go_of_files() -> None:
+    """Close what the parent has open, and may wait for the end of.
+
+    The numbers stay taken: when an object of the parent that owns one is collected here, it closes that number, which
+    must not be that of a file or a connection of this process.
+    """
+    nothing_there = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number not in (0, 1, 2, nothing_there):
+            os.dup2(nothing_there, number, inheritable=False)
 
 
 class Operations:

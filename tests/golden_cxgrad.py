@@ -7,6 +7,7 @@ An error is max|ours - recorded| / max|recorded| of an array.
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,7 @@ class Golden:
         gradient = self.arrays.get(f"f64/outer_grad/{parameter}", np.ones(1))
         return name.startswith(("outer_grad/", "params_after")) and float(np.abs(gradient).max()) < 1e-12
 
+    @cached_property
     def ours(self) -> dict[str, np.ndarray]:
         """The same quantities, computed by this project."""
         found = dict(self.evaluation()) if self.evaluation_only else dict(self.training())
@@ -195,7 +197,7 @@ def relative_errors(golden: Golden) -> dict[str, float]:
 
     For a gradient the denominator is at least 1 % of the largest one of its module.
     """
-    ours, recorded = golden.ours(), golden.recorded()
+    ours, recorded = golden.ours, golden.recorded()
     largest = {name: np.abs(array).max(initial=0.0) or 1.0 for name, array in recorded.items()}
     errors = {}
     for name, array in recorded.items():

@@ -214,6 +214,7 @@ def test_an_error_of_the_learner_itself_is_no_refusal() -> None:
         train(model, [0])
 
 
+@pytest.mark.usefixtures("no_coverage")
 def test_a_run_that_is_resumed_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_gradients, "WARM_UP", 1)
     through, _ = captured_model(**METHODS["CxGrad MAML++"])

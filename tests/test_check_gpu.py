@@ -107,6 +107,7 @@ def test_what_the_time_is_too_short_for_is_said(tmp_path: Path) -> None:
     work.assert_not_called()
 
 
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
     """On stand-in tensors, with their own way of noticing."""

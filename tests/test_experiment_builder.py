@@ -29,6 +29,7 @@ from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from learner import Form
+from tests.forked import two_processes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -522,11 +523,17 @@ sys.exit(status)
 """
 
 
-def train_with_two(folder: Path, data: Path, *extra: str, act: str = "") -> tuple[int, str]:
-    """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output."""
+def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", launched: bool = False) -> tuple[int, str]:
+    """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output.
+
+    They are forked here, unless they shall be `launched` by torchrun, in seconds.
+    """
     entry = folder / "two_processes.py"
     entry.write_text(TWO_PROCESSES)
-    process = start(str(entry), *command(data, folder, *extra), AT_THE_SIXTH=act)
+    words = [str(entry), *command(data, folder, *extra)]
+    if not launched:
+        return two_processes(folder, words, AT_THE_SIXTH=act)
+    process = start(*words, AT_THE_SIXTH=act)
     output, _ = process.communicate(timeout=180)
     return process.returncode, output
 
@@ -558,7 +565,7 @@ def test_two_processes_train_as_one_does(finished: Path, finished_by_two: Path) 
 
 
 def test_a_batch_that_cannot_be_shared_is_named(toy_data: Path, tmp_path: Path) -> None:
-    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3")
+    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3", launched=True)
     assert status == 2 and "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in output
     assert "Traceback" not in output
 
@@ -569,7 +576,7 @@ def test_a_killed_process_ends_the_run_at_once_and_the_run_goes_on_from_its_chec
 ) -> None:
     begun = time.monotonic()
     kill = f"if distributed.rank() == {rank}: os.kill(os.getpid(), signal.SIGKILL)"
-    status, output = train_with_two(tmp_path, toy_data, act=kill)
+    status, output = train_with_two(tmp_path, toy_data, act=kill, launched=True)
     assert status == 2 and time.monotonic() - begun < 100, output
     last = output.splitlines()[-1]
     assert last.startswith(f"error: process {rank} (number {rank} on ") and "was killed by SIGKILL" in last, output
@@ -586,7 +593,7 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 ) -> None:
     """As Slurm does: it signals every process, and the launcher passes on the signal that it got."""
     signals = "os.kill(os.getpid(), signal.SIGTERM)\nif not distributed.rank(): os.kill(os.getppid(), signal.SIGTERM)"
-    status, output = train_with_two(tmp_path, toy_data, act=signals)
+    status, output = train_with_two(tmp_path, toy_data, act=signals, launched=True)
     assert status == 128 + signal.SIGTERM and "stopped and saved at iteration" in output, output
     assert not re.search(r"^error:|Traceback", output, re.MULTILINE), output
     status, output = train_with_two(tmp_path, toy_data)
@@ -596,7 +603,9 @@ def test_processes_that_are_all_signalled_twice_save_and_stop_together(
 
 def test_a_traceback_in_one_process_is_the_one_that_is_named(toy_data: Path, tmp_path: Path) -> None:
     slowly = "import atexit, time; atexit.register(time.sleep, 2)"  # so that the other one notices long before its end
-    status, output = train_with_two(tmp_path, toy_data, act=f"if distributed.rank() == 1: {slowly}; 1 / 0")
+    status, output = train_with_two(
+        tmp_path, toy_data, act=f"if distributed.rank() == 1: {slowly}; 1 / 0", launched=True
+    )
     assert status == 2 and "ZeroDivisionError" in output
     assert re.match(r"error: process 1 .* failed; its traceback is above", output.splitlines()[-1]), output
 

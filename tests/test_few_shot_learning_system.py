@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +28,19 @@ from utils.options import Options
 CASES = load_cases()
 
 
+@cache
+def golden_of(case: str, kind: str) -> Golden:
+    return Golden(case, CASES[case], kind)
+
+
 # --- parity with the official program ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_every_recorded_array(case: str) -> None:
-    golden = Golden(case, CASES[case], "f64")
-    ours, recorded = golden.ours(), golden.recorded()
+    golden = golden_of(case, "f64")
+    ours, recorded = golden.ours, golden.recorded()
     assert len(recorded) > 50
     assert not set(recorded) - set(ours), "recorded arrays that nothing of ours answers to"
     for name, array in recorded.items():
@@ -45,21 +52,22 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-9 * np.abs(array).max() + slack, err_msg=name)
 
 
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
-    golden = Golden(case, CASES[case], "f32")
+    golden = golden_of(case, "f32")
     for name, error in relative_errors(golden).items():
         if name not in ("train_loss", "train_accuracy", "eval/five_batches_accuracy", "five_batches_accuracy"):
             assert error <= float32_tolerance(case, name), name
-    noise = {name: array for name, array in golden.ours().items() if golden.is_rounding_noise(name)}
+    noise = {name: array for name, array in golden.ours.items() if golden.is_rounding_noise(name)}
     assert all(np.abs(array).max() < 1e-5 for array in noise.values())
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "eval" not in name])
 def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
     """Where the context is lively, one activation crossing a kink moves the third loss by 1 %, in either program."""
-    golden = Golden(case, CASES[case], "f32")
-    ours, recorded = golden.ours()["train_loss"], golden.recorded()["train_loss"]
+    golden = golden_of(case, "f32")
+    ours, recorded = golden.ours["train_loss"], golden.recorded()["train_loss"]
     if context_is_inert(case):
         np.testing.assert_allclose(ours, recorded, rtol=2e-5 if case in ("cxgrad", "maml_second_order") else 2e-2)
     else:

@@ -31,6 +31,8 @@ from utils.options import Options
 some = settings(max_examples=10, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 few = settings(some, max_examples=3)
 
+pytestmark = pytest.mark.usefixtures("no_coverage")  # the same lines for every rule and head
+
 WAY, SHOT, QUERY, SIDE = 4, 2, 3, 8  # the way is not steps + 1, so that shapes tell what holds one value per class
 SMALL = TINY | {"image_height": SIDE, "image_width": SIDE, "num_classes_per_set": WAY}
 NETWORKS: tuple[dict[str, Any], ...] = (

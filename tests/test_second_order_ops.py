@@ -71,6 +71,7 @@ def block_inputs(groups: int = 1, channels: int = 2, dtype: torch.dtype = torch.
     ]
 
 
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize(
     ("size", "stride", "padding", "groups"), [(3, 1, 1, 1), (3, 2, 1, 2), (3, 1, 0, 3), (1, 1, 0, 1), (1, 1, 0, 2)]
 )
@@ -86,6 +87,7 @@ def test_convolution_has_both_derivatives(size: int, stride: int, padding: int, 
     assert_both_derivatives(convolution, *tensors)
 
 
+@pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("slope", [1.0, 0.1])
 @pytest.mark.parametrize("groups", [1, 2])
