@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import shutil
 import sys
@@ -27,6 +28,11 @@ def stop_tracing() -> None:
 
 
 os.register_at_fork(after_in_child=stop_tracing)  # what a forked process runs is slower by half then, and not counted
+
+
+def pytest_collection_finish() -> None:
+    """Have no garbage collection look at what torch and the tests are made of: hundreds of thousands of objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

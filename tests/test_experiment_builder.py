@@ -565,7 +565,7 @@ def test_two_processes_train_as_one_does(finished: Path, finished_by_two: Path) 
 
 
 def test_a_batch_that_cannot_be_shared_is_named(toy_data: Path, tmp_path: Path) -> None:
-    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3", launched=True)
+    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3")
     assert status == 2 and "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in output
     assert "Traceback" not in output
 

@@ -64,7 +64,7 @@ def block_inputs(groups: int = 1, channels: int = 2, dtype: torch.dtype = torch.
     out = 3 * groups
     scale = torch.linspace(-1.5, 2.0, out, dtype=dtype).requires_grad_()
     return [
-        made(3, groups * channels, size, size - 1, dtype=dtype),
+        made(2, groups * channels, size, size - 1, dtype=dtype),
         made(out, channels, 3, 3, dtype=dtype),
         scale,
         made(out, dtype=dtype),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_coverage")
 
 LSLR = "learnable_per_layer_per_step_inner_loop_learning_rate"
 MAMLPP = {LSLR: True, "per_step_bn_statistics": True, "use_multi_step_loss_optimization": True}
-RESNET = {"backbone": "ResNet-12", "resnet_widths": "4-5-6-7", "checkpoint_inner_steps": True}
+RESNET = {"backbone": "ResNet-12", "resnet_widths": "4-5", "checkpoint_inner_steps": True}
 SMALL = {"num_classes_per_set": 5, "num_target_samples": 2, "batch_size": 2}
 GRADIENT: dict[str, dict[str, Any]] = {
     "MAML": {}, "MAML first order": {"second_order": False}, "CxGrad": {"contextual_grad": True},
@@ -74,7 +74,7 @@ def iterate(options: Options, train: bool = True) -> list[int]:
 def gradient_options(**extra: Any) -> Options:
     steps = dict.fromkeys(("number_of_training_steps_per_iter", "number_of_evaluation_steps_per_iter"), 2)
     return Options.from_mapping(
-        {**SMALL, **steps, "image_height": 28, "image_width": 28, "cnn_num_filters": 4, **extra}
+        {**SMALL, **steps, "image_height": 28, "image_width": 28, "cnn_num_filters": 4, "num_stages": 2, **extra}
     )
 
 
