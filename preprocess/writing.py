@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from preprocess.staging import Contents, first_of
 from utils.errors import UserError
-from utils.images import IMAGE_FORMATS, in_order, open_image, plain_image
+from utils.images import IMAGE_FORMATS, in_order, open_image, plain_image, usable_cpus
 from utils.names import is_plain
 
 NAMED = 20  # unreadable images that an error names
-THREADS = 4  # Pillow and the disk work outside Python's lock
+THREADS = 4  # at most: Pillow and the disk work outside Python's lock, for which more of them would only queue
 AHEAD = 16  # pieces that are under way
 PIECE = 32  # images that a thread takes at once, fewer if they are large
 PIECE_BYTES = 2**22
@@ -47,7 +47,10 @@ def write_images(
     contents: Contents = {}
     bad: list[str] = []
     Image.init()  # here, because threads that meet a rare format at once would not all find it
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
+    with (
+        ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool,
+        tqdm(total=total, desc=name, unit=" images", disable=None) as bar,
+    ):
         pieces = (pool.submit(_write, folder, piece) for piece in _pieces(folder, pictures, contents))
         for unreadable, done in in_order(pieces, AHEAD):
             bad += unreadable

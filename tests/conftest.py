@@ -35,6 +35,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Have them collected after all when Python ends: triton prints those that are not as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_ends() -> Iterator[None]:
     """Leave out what a toy run would mostly do: draw a report at its end, wait until files have reached the disk.

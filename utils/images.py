@@ -161,6 +161,11 @@ def decode_all(listing: Listing, shape: ImageShape, workers: int | None = None) 
     yield from in_processes(functools.partial(_decode, listing.root, shape), listing, size, workers)
 
 
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_processes(
     work: Callable[[list[str]], Result], listing: Listing, size: int, workers: int | None = None
 ) -> Generator[Result, None, None]:
@@ -169,8 +174,7 @@ def in_processes(
     Only a few pieces per worker are under way at once, so memory stays flat however many images there are.
     """
     pieces = [listing.files[start : start + size] for start in range(0, len(listing.files), size)]
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or usable, len(pieces))
+    workers = min(workers or usable_cpus(), len(pieces))
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, pieces)
         return
