@@ -61,7 +61,7 @@ class Scores(NamedTuple):
     """Logits of a batch of episodes, and how well the problem behind them was solved."""
 
     logits: Tensor  # (tasks, n_query, n_way)
-    residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.Solution); 0 for a closed form, inf if it failed
+    residual: Tensor  # (tasks,), relative KKT residual (see qp_solvers.Solution); 0 for ProtoNet
 
 
 HEADS: dict[str, Callable[..., Scores]] = {}
@@ -234,9 +234,11 @@ def r2d2(episode: Episode, lambda_reg: float = 50.0) -> Scores:
     episode = episode.double()  # float32 products would do for lambda = 50, not for 1
     kernel = episode.kernel()
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-    factor, failed = torch.linalg.cholesky_ex(kernel + lambda_reg * eye)
-    dual = torch.cholesky_solve(episode.one_hot, factor)  # of a factor that failed: finite or not, and always wrong
-    return Scores(episode.decide(dual.mT), dual.new_zeros(len(dual)).masked_fill(failed > 0, torch.inf))
+    system = kernel + lambda_reg * eye
+    dual = torch.cholesky_solve(episode.one_hot, torch.linalg.cholesky_ex(system).L)
+    with torch.no_grad():  # where lambda is lost in the kernel's rounding, dual is finite or not, and wrong
+        residual = torch.baddbmm(episode.one_hot, system, dual, beta=-1).abs().amax(dim=(1, 2))
+    return Scores(episode.decide(dual.mT), residual)
 
 
 @register("Ridge")

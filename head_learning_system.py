@@ -25,7 +25,7 @@ from utils.options import Options, declaration, unmet
 log = logging.getLogger(__name__)
 
 MOMENTUM = 0.9
-UNSOLVED = 1e-6  # relative KKT residual above which a task's SVM counts as not solved; 1e-9 and less is usual
+UNSOLVED = 1e-6  # relative KKT residual above which a task's head counts as not solved; 1e-9 and less is usual
 
 
 class Support(NamedTuple):
@@ -119,8 +119,9 @@ class HeadFewShotClassifier(FewShotLearner):
             return Support(self.features(x_support), y_support)
 
     def predict(self, state: Support, x_query: Tensor) -> Tensor:
-        """Return logits (tasks, n, way) of query images (tasks, n, C, H, W)."""
-        return self._score(state, x_query)[0]
+        """Return logits (tasks, n, way) of query images (tasks, n, C, H, W); NaN where a head was not solved."""
+        logits, unsolved = self._score(state, x_query)
+        return logits if self.options.svm_on_failure == "use" else logits.masked_fill(unsolved[:, None, None], math.nan)
 
     @torch.no_grad()
     def _score(self, state: Support, x_query: Tensor) -> tuple[Tensor, Tensor]:

@@ -277,3 +277,12 @@ def test_every_tensor_of_a_head_on_a_body_is_where_the_learner_is() -> None:
     found = [tensor for module in vars(model)["_modules"].values() for tensor in module.state_dict().values()]
     assert model.get_parameter("head.scale").device.type == "meta"
     assert {tensor.device.type for tensor in found} == {"meta"}
+
+
+def test_predictions_by_a_head_that_was_not_solved_are_not_numbers() -> None:
+    model, images = learner(), batch()
+    images[0][1] = images[0][1][:1, :1]  # one image for all classes, far from the origin: lambda is lost in rounding
+    model.embedding.register_forward_hook(lambda module, inputs, features: features * 1e18)
+    tasks = model._to_device(images)
+    logits = model.predict(model.adapt(tasks.x_support, tasks.y_support), tasks.x_query)
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
