@@ -16,7 +16,7 @@ from utils.images import IMAGE_FORMATS, in_order, open_image, plain_image, usabl
 from utils.names import is_plain
 
 NAMED = 20  # unreadable images that an error names
-THREADS = 4  # at most: Pillow and the disk work outside Python's lock, for which more of them would only queue
+MOST_THREADS = 4  # Pillow and the disk work outside Python's lock; more threads would wait for it
 AHEAD = 16  # pieces that are under way
 PIECE = 32  # images that a thread takes at once, fewer if they are large
 PIECE_BYTES = 2**22
@@ -48,7 +48,7 @@ def write_images(
     bad: list[str] = []
     Image.init()  # here, because threads that meet a rare format at once would not all find it
     with (
-        ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool,
+        ThreadPoolExecutor(min(MOST_THREADS, usable_cpus())) as pool,
         tqdm(total=total, desc=name, unit=" images", disable=None) as bar,
     ):
         pieces = (pool.submit(_write, folder, piece) for piece in _pieces(folder, pictures, contents))

@@ -27,16 +27,16 @@ def stop_tracing() -> None:
     threading.settrace(None)
 
 
-os.register_at_fork(after_in_child=stop_tracing)  # what a forked process runs is slower by half then, and not counted
+os.register_at_fork(after_in_child=stop_tracing)  # tracing slows what it runs, which is not counted anyway
 
 
 def pytest_collection_finish() -> None:
-    """Have no garbage collection look at what torch and the tests are made of: hundreds of thousands of objects."""
+    """Have the garbage collection leave out the objects of imported modules: there are hundreds of thousands."""
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Have them collected after all when Python ends: triton prints those that are not as leaks."""
+    """Have them collected when Python ends: triton reports those as leaks that are not."""
     gc.unfreeze()
 
 

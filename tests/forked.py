@@ -95,19 +95,23 @@ class Command:
 
 
 def two_processes(folder: Path, words: Sequence[str], **variables: str) -> tuple[int, str]:
-    """Run a script in two processes that form a group, as torchrun starts them on one machine.
+    """Run a script in two processes that form a group, without the seconds that torchrun takes to start them.
 
-    Returns an exit status that is not 0, if there is one, and what the two printed.
+    Returns an exit status that is not 0, if there is one, and what the two printed. Where one fails, the other has a
+    moment to end by itself.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", **variables}
-    both = [
-        Command(folder / f"rank_{rank}", words, partial(os.environ.update, group, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in range(2)
-    ]
-    statuses = [process.wait() for process in both]
-    return next(filter(None, statuses), 0), "".join(process.printed() for process in both)
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"} | variables
+    both = []
+    for rank in range(2):
+        prepare = partial(os.environ.update, group, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+        both.append(Command(folder / f"rank_{rank}", words, prepare, ON_GPU))
+    until(lambda: any(process.status() for process in both) or all(p.status() == 0 for p in both), 120)
+    for process in both:
+        if not process.ends_within(15):
+            process.kill_all()
+    return next(filter(None, (process.status() for process in both)), 0), "".join(p.printed() for p in both)
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:

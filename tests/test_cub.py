@@ -36,7 +36,8 @@ def write_archive(
     folder: Path, classes: dict[str, list[str]], without: Iterable[str] = (), prefix: str = "", list_first: bool = True
 ) -> None:
     """A CUB_200_2011.tgz in the published layout, its images.txt complete, some of the photos missing."""
-    names, missing = [f"{class_name}/{file}" for class_name, files in classes.items() for file in files], set(without)
+    names = [f"{class_name}/{file}" for class_name, files in classes.items() for file in files]
+    missing = set(without)
     listed = "".join(f"{number} {name}\n" for number, name in enumerate(names, 1)).encode()
     images = [(f"CUB_200_2011/images/{name}", JPEG) for name in names if name not in missing]
     texts = [("CUB_200_2011/images.txt", listed), ("CUB_200_2011/README", b"read me"), ("attributes.txt", b"1 x\n")]

@@ -526,7 +526,7 @@ sys.exit(status)
 def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", launched: bool = False) -> tuple[int, str]:
     """Train in two processes, which run `act` before the sixth iteration; return the exit status and the output.
 
-    They are forked here, unless they shall be `launched` by torchrun, in seconds.
+    They are forked here, unless they shall be `launched` by torchrun, which takes seconds.
     """
     entry = folder / "two_processes.py"
     entry.write_text(TWO_PROCESSES)
@@ -565,7 +565,7 @@ def test_two_processes_train_as_one_does(finished: Path, finished_by_two: Path) 
 
 
 def test_a_batch_that_cannot_be_shared_is_named(toy_data: Path, tmp_path: Path) -> None:
-    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3")
+    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3", launched=True)
     assert status == 2 and "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in output
     assert "Traceback" not in output
 

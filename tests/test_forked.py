@@ -1,6 +1,7 @@
 """Commands as forks: one that hangs ends with all that it started, and all end with the process that tests."""
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -47,3 +48,15 @@ def has_ended(pid: Path) -> bool:
         return ") Z " in (Path("/proc") / pid.read_text() / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def test_objects_of_the_parent_that_are_collected_leave_the_files_of_a_forked_command_alone(tmp_path: Path) -> None:
+    of_the_parent = [socket.socketpair() for _ in range(9)]
+
+    def send() -> int:
+        own = [socket.socketpair() for _ in range(9)]
+        of_the_parent.clear()
+        return 0 if all(one.send(b"x") == 1 and other.recv(1) == b"x" for one, other in own) else 1
+
+    process = Command(tmp_path / "output", send)
+    assert process.wait() == 0, process.printed()

@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,6 @@ import test as test_entry
 from augmentation import augment, crop_padding, draw
 from data import Episodes, base_seed, training_episodes
 from head_learning_system import HeadFewShotClassifier
-from tests.forked import two_processes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -206,9 +208,16 @@ def test_our_own_file_is_scored_with_another_head_way_and_shot(data: Path, finis
 
 def test_two_processes_average_their_gradients_and_running_statistics(data: Path, tmp_path: Path) -> None:
     """Each normalises by its own share of the batch, as replicas do; after an update they are one model."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = line(data, tmp_path, "--num-epoch", "1", "--total_iter_per_epoch", "1", "--augment", "false")
-    status, output = two_processes(tmp_path, ["train_maml_system.py", *words])
-    assert status == 0, output
+    run = subprocess.run(
+        [sys.executable, *launcher, "train_maml_system.py", *words],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
     options = parse_args(words)
     shape = (2, *options.image_shape)
     split = open_split(data, "toy", "train", options.image_shape)

@@ -28,8 +28,8 @@ CLASSES, IMAGES = 4, 16  # of each split; together more images than one thread o
 PASSING = {"seconds", "peak_memory_gib"}  # what two runs of one command do not share
 # A lock's file stays, but nobody holds it; the picture shows time and memory; this checkout may change meanwhile.
 NOT_COMPARED = {".lock", "resources.png", "environment.json"}
-for module in ("torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure", "jinja2"):
-    importlib.import_module(module)  # so are these, which are imported late
+for module in ("matplotlib.backends.backend_agg", "matplotlib.figure", "jinja2"):
+    importlib.import_module(module)  # here, and not in each forked process anew
 Words = list[str] | Callable[[], int]
 
 
