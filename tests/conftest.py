@@ -1,6 +1,5 @@
 """Fixtures shared by all tests."""
 
-import gc
 import os
 import shutil
 import sys
@@ -28,16 +27,6 @@ def stop_tracing() -> None:
 
 
 os.register_at_fork(after_in_child=stop_tracing)  # tracing slows what it runs, which is not counted anyway
-
-
-def pytest_collection_finish() -> None:
-    """Have the garbage collection leave out the objects of imported modules: there are hundreds of thousands."""
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Have them collected when Python ends: triton reports those as leaks that are not."""
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

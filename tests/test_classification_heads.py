@@ -96,9 +96,7 @@ def test_ridge_is_twice_r2d2() -> None:
 
 
 @pytest.mark.parametrize("name", ["Ridge", "R2D2"])
-def test_a_kernel_in_whose_rounding_lambda_is_lost_has_a_large_residual_though_the_logits_may_be_finite(
-    name: str,
-) -> None:
+def test_the_residual_is_large_where_lambda_is_lost_in_rounding(name: str) -> None:
     query, support, labels = episode(tasks=2)
     support[1] = 1e9 * support[1, :1]  # all points are the same one
     residual = ClassificationHead(name).solve_and_score(query, support, labels, WAY, 2).residual

@@ -29,8 +29,9 @@ CASES = load_cases()
 
 
 @cache
-def golden_of(case: str, kind: str) -> Golden:
-    return Golden(case, CASES[case], kind)
+def golden_in_float32(case: str) -> Golden:
+    """Return the case for the tests that share what it takes seconds to compute."""
+    return Golden(case, CASES[case], "f32")
 
 
 # --- parity with the official program ------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def golden_of(case: str, kind: str) -> Golden:
 @pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("case", CASES)
 def test_float64_equals_every_recorded_array(case: str) -> None:
-    golden = golden_of(case, "f64")
+    golden = Golden(case, CASES[case], "f64")
     ours, recorded = golden.ours, golden.recorded()
     assert len(recorded) > 50
     assert not set(recorded) - set(ours), "recorded arrays that nothing of ours answers to"
@@ -55,7 +56,7 @@ def test_float64_equals_every_recorded_array(case: str) -> None:
 @pytest.mark.usefixtures("no_coverage")
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
-    golden = golden_of(case, "f32")
+    golden = golden_in_float32(case)
     for name, error in relative_errors(golden).items():
         if name not in ("train_loss", "train_accuracy", "eval/five_batches_accuracy", "five_batches_accuracy"):
             assert error <= float32_tolerance(case, name), name
@@ -67,7 +68,7 @@ def test_float32_equals_recorded_arrays_within_float32_noise(case: str) -> None:
 @pytest.mark.parametrize("case", [name for name in CASES if "eval" not in name])
 def test_float32_training_losses_follow_the_official_ones(case: str) -> None:
     """Where the context is lively, one activation crossing a kink moves the third loss by 1 %, in either program."""
-    golden = golden_of(case, "f32")
+    golden = golden_in_float32(case)
     ours, recorded = golden.ours["train_loss"], golden.recorded()["train_loss"]
     if context_is_inert(case):
         np.testing.assert_allclose(ours, recorded, rtol=2e-5 if case in ("cxgrad", "maml_second_order") else 2e-2)
