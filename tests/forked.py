@@ -9,10 +9,12 @@ import runpy
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -94,6 +96,39 @@ class Command:
         return self.output.read_text(errors="replace")
 
 
+def run_forked(
+    command: Sequence[str],
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    anew: bool = True,
+    timeout: float = 120.0,
+    plain: Callable[..., "subprocess.CompletedProcess[str]"] = subprocess.run,
+    **_: object,
+) -> "subprocess.CompletedProcess[str]":
+    """Do what `subprocess.run` does, and capture text; a new interpreter need not spend seconds on importing libraries.
+
+    It imports the project `anew`, from where the command would find it; otherwise patches of this process hold there.
+    """
+    if ON_GPU or command[0] != sys.executable:
+        return plain(command, cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+
+        def main() -> int:
+            os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+            os.environ.update(env or {})
+            os.chdir(cwd)
+            files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+            for name, file in files.items() if anew else ():
+                if Path(file).is_relative_to(ROOT) and ".venv" not in file:
+                    del sys.modules[name]
+            _run_script(command[1:])
+            return 0
+
+        process = Command(Path(folder) / "output", main)
+        return subprocess.CompletedProcess(command, process.wait(timeout), process.printed(), errors.read_text())
+
+
 def two_processes(folder: Path, words: Sequence[str], **variables: str) -> tuple[int, str]:
     """Run a script in two processes that form a group, without the seconds that torchrun takes to start them.
 
@@ -144,9 +179,7 @@ def _become(
         elif anew:
             os.execv(sys.executable, [sys.executable, str(ROOT / words[0]), *words[1:]])
         else:
-            sys.argv, script = list(words), ROOT / words[0]
-            sys.path[:] = [str(script.parent), *(path for path in sys.path if Path(path).resolve() != ROOT)]
-            runpy.run_path(str(script), run_name="__main__")
+            _run_script(words)
             status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -159,6 +192,18 @@ def _become(
             status = 120  # as Python does where what was printed last cannot be written
         finally:
             os._exit(status)
+
+
+def _run_script(words: Sequence[str]) -> None:
+    """Run what follows the interpreter in a command."""
+    module = words[0] == "-m"
+    place = Path.cwd() if module else (ROOT / words[0]).parent
+    sys.path[:] = [str(place), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    sys.argv = list(words[module:])
+    if module:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def _let_go_of_files() -> None:

@@ -3,7 +3,10 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from benchmarks import common, iteration, peers
 from benchmarks.explain import Call, Counting, Limits, counting, floors
 from benchmarks.peers import INNER_RATE, OUTER_RATE, STEPS, Batch, Step, moved, task_by_task
 from captured_gradients import WARM_UP
-from tests.forked import ON_GPU, Command
+from tests.forked import ON_GPU, Command, run_forked
 from tests.stand_in_cuda import stand_in_cuda
+from tests.test_scripts import program
 from utils.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,25 +35,37 @@ SCRIPTS = {
     "augmentation": ["--sizes", "32", "--rounds", "1"],
     "memory": ["--size", "16", "--widths", "2-3-4-5"],
     "data": ["--images", "21", "--episodes", "1", "--archives", "none"],
-    "methods": ["--methods", "maml", "--seeds", "0", "1", "--iterations", "3", "--tasks", "2"],
+    "methods": ["--methods", "maml", "--seeds", "0", "1", "--iterations", "3", "--tasks", "2", "--jobs", "1"],
 }
+
+
+def fork_scripts(
+    printer: Path, command: Sequence[str], env: Mapping[str, str] | None = None, **_: object
+) -> "subprocess.CompletedProcess[str]":
+    """Do what `subprocess.run` does with a script of the project or of the shell, without new interpreters."""
+    if command[0] == "bash":
+        words = run_forked(command, env={**(env or {}), "PYTHON": str(printer)}).stdout.splitlines()
+        command = [sys.executable, *words]
+    return run_forked(command, env=env, anew=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_writes_a_record_without_a_failure(script: str, tmp_path: Path) -> None:
+    printer = program(tmp_path / "printer", "printf '%s\\n' \"$@\"")
     extra = ["--experiments_dir", str(tmp_path / "experiments")] if script == "methods" else []
     if script == "methods":  # its rows are of 28 pixels, 1 shot and 15 queries
         write_dataset(tmp_path / "datasets" / "glyphs", 5, 16, (28, 28))
     words = [f"benchmarks/{script}.py", *SCRIPTS[script], *extra]
     words += ["--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
-    variables = {"DATASET_DIR": str(tmp_path / "datasets")}
 
     def prepare() -> None:
-        """Leave to the script what it has to find by itself."""
-        os.environ.update(variables)
+        """Leave to the script what it has to find by itself; its processes, but for one script's, are forked."""
+        os.environ["DATASET_DIR"] = str(tmp_path / "datasets")
         for module in [name for name in sys.modules if name.startswith("benchmarks")]:
             del sys.modules[module]
+        if script != "memory":
+            subprocess.run = partial(fork_scripts, printer)  # type: ignore[assignment]
 
     process = Command(tmp_path / "output", words, prepare, ON_GPU)
     assert process.wait(600) == 0, process.printed()
@@ -204,10 +220,10 @@ def test_products_count_and_views_and_expanded_elements_do_not() -> None:
 def test_the_count_of_an_iteration_is_that_of_the_stand_in() -> None:
     options = argparse.Namespace(device="cuda", filters=4, targets=2, size=16)
     with stand_in_cuda() as mode, Counting("cuda") as count:
-        model, batch = iteration.build("CxGrad", 1, options, 16)
+        model, batch = iteration.build("MAML", 5, options, 16)
         count.calls.clear()
         mode.calls.clear()
-        iteration.train("ours", "CxGrad", model, batch)
+        iteration.train("ours", "MAML", model, batch)
     assert len(count.calls) == mode.calls.total() > 1000
 
 

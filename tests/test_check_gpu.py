@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ import few_shot_learning_system
 import meta_neural_network_architectures as networks
 from benchmarks import cases, check_gpu
 from inner_loop_optimizers import RULES, chosen_rules
+from tests.forked import run_forked
 from tests.stand_in_cuda import stand_in_cuda
 
 CPU = torch.device("cpu")
@@ -34,7 +36,8 @@ def recorded(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 @pytest.mark.usefixtures("no_coverage")
 def test_a_cpu_passes_and_every_section_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sections = lines_of(tmp_path)
+    with mock.patch.object(subprocess, "run", run_forked):
+        sections = lines_of(tmp_path)
     assert list(sections) == list(check_gpu.SECTIONS) and all(sections.values())
     printed = capsys.readouterr().out
     for section, lines in sections.items():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.browser import Browser
+from tests.forked import run_forked
 from tests.made_runs import ROWS, result, write_options, write_results, write_run
 from utils.compare import check_comparable, draw, outcomes, read_runs, sources, table
 from utils.errors import UserError
@@ -104,8 +105,7 @@ def test_what_cannot_be_compared_is_an_error(runs: list[Path], tmp_path: Path) -
 
 
 def compare(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "utils.compare", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_forked([sys.executable, "-m", "utils.compare", *map(str, words)])
 
 
 def test_program_prints_the_table_and_a_browser_shows_the_page(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -18,6 +17,7 @@ from PIL import Image, ImageEnhance
 from preprocess import staging
 from preprocess.describe import describe, image_sizes, main
 from preprocess.survey import count_pairs, identical, near_duplicates, survey
+from tests.forked import run_forked
 from utils.errors import UserError
 from utils.images import list_classes
 
@@ -66,10 +66,9 @@ def test_the_command_prints_the_numbers_and_writes_the_sheet_to_the_current_fold
     data_set: Path, tmp_path: Path
 ) -> None:
     save(photo(20, 20, 30), data_set / "val" / "jay" / "other.png")
-    script = ROOT / "preprocess" / "describe.py"
-    command = [sys.executable, str(script), "Birds", "--dataset_dir", str(tmp_path)]
     (tmp_path / "here").mkdir()
-    done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True, check=False)
+    command = [sys.executable, "preprocess/describe.py", "Birds", "--dataset_dir", str(tmp_path)]
+    done = run_forked(command, cwd=tmp_path / "here")
     assert (done.returncode, done.stderr) == (0, "")
     cells = {line.split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines() if line}
     assert cells["classes"] == ["2", "1", "1"]

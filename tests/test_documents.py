@@ -22,6 +22,7 @@ from classification_heads import register as register_head
 from inner_loop_optimizers import Rule, register
 from meta_neural_network_architectures import BACKBONES, EMBEDDINGS, register_backbone, register_embedding
 from preprocess.preprocess import prepare
+from tests.forked import run_forked
 from tests.made_models import COMMON, CXGRAD
 from tests.registries import forgotten_afterwards
 from tests.test_few_shot_learning_system import tiny_batch, tiny_model
@@ -181,7 +182,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def help_of(*program: str) -> str:
     """What `python PROGRAM --help` prints."""
-    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = run_forked([sys.executable, *program, "--help"])
     assert done.returncode == 0, done.stderr
     return done.stdout
 

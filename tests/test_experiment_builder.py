@@ -9,10 +9,10 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from learner import Form
-from tests.forked import two_processes
+from tests.forked import ON_GPU, Command, run_forked, two_processes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -66,17 +66,9 @@ def history(results: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(output: Path, *words: str, **variables: str) -> Command:
+    """Start a script that starts others; what all of them print goes to `output`."""
+    return Command(output, words, partial(os.environ.update, variables, OMP_NUM_THREADS="1"), ON_GPU)
 
 
 # --- the whole path ------------------------------------------------------------------------------------------------
@@ -533,9 +525,22 @@ def train_with_two(folder: Path, data: Path, *extra: str, act: str = "", launche
     words = [str(entry), *command(data, folder, *extra)]
     if not launched:
         return two_processes(folder, words, AT_THE_SIXTH=act)
-    process = start(*words, AT_THE_SIXTH=act)
-    output, _ = process.communicate(timeout=180)
-    return process.returncode, output
+    launcher = start(folder / "output", *words, AT_THE_SIXTH=act)
+    return launcher.wait(180), launcher.printed()
+
+
+def train_without_a_report(folder: Path) -> Path:
+    """Write and return a script that does what train_maml_system.py does, but for the seconds of drawing."""
+    script = folder / "without_a_report.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_maml_system, utils.observer
+from utils import entry
+utils.observer.update_report = lambda run: []
+sys.exit(entry.run(train_maml_system.main))
+""")
+    return script
 
 
 @pytest.fixture(scope="session")
@@ -619,12 +624,12 @@ def test_two_machines_train_as_one_does_each_with_images_of_its_own(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
-    machines = []
+    script, machines = str(train_without_a_report(tmp_path)), []
     for number in range(2):
         words = command(tmp_path / f"data_{number}", tmp_path)
-        machines.append(start("train_maml_system.py", *words, **meeting, PET_RDZV_ID="toy"))
-    outputs = [machine.communicate(timeout=180)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
+        output = tmp_path / f"output_{number}"
+        machines.append(start(output, script, *words, **meeting, PET_RDZV_ID="toy"))
+    assert [machine.wait(180) for machine in machines] == [0, 0], [machine.printed() for machine in machines]
     assert all((tmp_path / f"data_{number}" / ".cache").exists() for number in range(2))
     assert_close_to(finished, tmp_path)
 
@@ -686,10 +691,10 @@ def test_a_training_state_that_no_run_leaves_is_not_continued(toy_data: Path, fi
 
 
 def test_errors_reach_the_user_without_a_traceback(toy_data: Path, tmp_path: Path) -> None:
-    process = start("train_maml_system.py", *command(toy_data, tmp_path, "--contxtual_grad", "true"))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert output.startswith("error: there is no option '--contxtual_grad'; did you mean '--contextual_grad'?")
+    words = command(toy_data, tmp_path, "--contxtual_grad", "true")
+    ended = run_forked([sys.executable, "train_maml_system.py", *words])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: there is no option '--contxtual_grad'; did you mean '--contextual_grad'?")
 
 
 def test_results_of_forgiving_names_share_a_folder() -> None:

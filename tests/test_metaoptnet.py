@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,8 @@ import test as test_entry
 from augmentation import augment, crop_padding, draw
 from data import Episodes, base_seed, training_episodes
 from head_learning_system import HeadFewShotClassifier
+from tests.forked import run_forked
+from tests.test_experiment_builder import train_without_a_report
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -210,14 +210,8 @@ def test_two_processes_average_their_gradients_and_running_statistics(data: Path
     """Each normalises by its own share of the batch, as replicas do; after an update they are one model."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = line(data, tmp_path, "--num-epoch", "1", "--total_iter_per_epoch", "1", "--augment", "false")
-    run = subprocess.run(
-        [sys.executable, *launcher, "train_maml_system.py", *words],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    done = run_forked([sys.executable, *launcher, str(train_without_a_report(tmp_path)), *words])
+    assert done.returncode == 0, done.stderr
     options = parse_args(words)
     shape = (2, *options.image_shape)
     split = open_split(data, "toy", "train", options.image_shape)

@@ -3,7 +3,6 @@
 import csv
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 import predict
 from predictor import Predictor
+from tests.forked import run_forked
 from tests.made_models import write_classes
 from utils.errors import UserError
 from utils.images import list_images
@@ -126,17 +126,8 @@ def test_names_that_are_no_unicode_or_hold_commas(cxgrad: Path, here: Path) -> N
 
 @pytest.mark.slow
 def test_it_runs_from_the_shell(cxgrad: Path, here: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "predict.py"),
-        "--load",
-        str(cxgrad),
-        "--support",
-        "support",
-        "--query",
-        "query",
-    ]
-    done = subprocess.run([*command, "--gpu", "cpu"], capture_output=True, text=True)
+    command = [sys.executable, "predict.py", "--support", "support", "--query", "query", "--gpu", "cpu"]
+    done = run_forked([*command, "--load", str(cxgrad)], cwd=here)
     assert done.returncode == 0 and "Traceback" not in done.stderr, (
         done.stderr
     )  # Matplotlib may speak of its fonts there

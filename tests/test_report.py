@@ -1,11 +1,11 @@
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.browser import Browser
+from tests.forked import run_forked
 from tests.made_runs import (
     CSV_HEADER,
     ROWS,
@@ -177,13 +177,8 @@ def test_browser_shows_the_text_and_every_picture(tested: Path, browser: Browser
 # ---------------------------------------------------------------- script
 
 
-def run_script(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "utils/report.py", str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_script_prints_the_table_and_then_the_picture(folder: Path) -> None:
-    finished = run_script(folder)
+    finished = run_forked([sys.executable, "utils/report.py", str(folder)])
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith(report_of(folder))
     picture = folder / "visual_outputs" / "report.png"
@@ -193,6 +188,6 @@ def test_script_prints_the_table_and_then_the_picture(folder: Path) -> None:
 
 
 def test_script_prints_an_error_without_a_traceback(tmp_path: Path) -> None:
-    finished = run_script(tmp_path)
+    finished = run_forked([sys.executable, "utils/report.py", str(tmp_path)])
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: there is no ") and finished.stderr.count("\n") == 1
