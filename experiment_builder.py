@@ -27,7 +27,7 @@ from utils import checkpoints, distributed
 from utils.devices import peak_memory_gib
 from utils.environment import record_environment
 from utils.errors import UserError
-from utils.files import move_aside, only_process, replace_file, write_csv, write_text
+from utils.files import copy_file, move_aside, only_process, write_csv, write_text
 from utils.image_cache import Split
 from utils.metaoptnet import published_statistics
 from utils.names import find_dataset
@@ -226,10 +226,8 @@ class Experiment:
         }
         self.history.append(row)
         self.sums = dict.fromkeys(self.sums, 0.0)
-        self._save(f"epoch_{row['epoch']}")
-        if self.ranking()[0] == row["epoch"]:
-            self._save("best")
-        self._save("latest")
+        copies = ["best", "latest"] if self.ranking()[0] == row["epoch"] else ["latest"]
+        self._save(f"epoch_{row['epoch']}", *copies)
         self._write_logs()
         if distributed.is_main():
             for epoch in self.ranking()[self.options.max_models_to_save :]:
@@ -280,13 +278,15 @@ class Experiment:
                 f"checkpoints hold earlier, finite weights. {self.model.cure}"
             )
 
-    def _save(self, name: str) -> None:
-        """Write the checkpoint `name`; raises UserError where the state is not finite."""
+    def _save(self, name: str, *copies: str) -> None:
+        """Write the checkpoint `name`, then its copies; raises UserError where the state is not finite."""
         self._check_state()
         if distributed.is_main():
             state = {"options": dataclasses.asdict(self.options), "normalization": self.normalization}
             so_far = {"history": self.history, "sums": self.sums, "images": self.images}
             self.model.save_model(self.file(name), state | so_far)
+            for copy in copies:
+                copy_file(self.file(name), self.file(copy))
         distributed.barrier()
 
     def resume(self) -> None:
@@ -308,8 +308,7 @@ class Experiment:
             self._move_aside([path for path in self._files() if path not in of_branch])
             self._save("latest")
             if distributed.is_main():
-                with replace_file(self.file("best")) as file:
-                    file.write(next(path for path in of_branch if path.exists()).read_bytes())
+                copy_file(next(path for path in of_branch if path.exists()), self.file("best"))
             distributed.barrier()
         if distributed.largest(self.model.iterations_done) > self.model.iterations_done:
             raise UserError(
@@ -387,21 +386,25 @@ class Experiment:
 
     def meta_test(self) -> list[Result]:
         """Test the best checkpoint and the ensemble of the top N as the options say; see `meta_test.meta_test`."""
-        newest = self.newest_whole()
-        if newest is None:
-            raise UserError(f"there is no checkpoint in {self.models}; train first: the same command without TEST=1")
-        path, state = newest
-        check_training_state(path, state)
-        self.history = state["history"]
-        self._compare_options(state["options"], "test")
+        done = self.model.iterations_done
+        if not self.history:  # it was not trained just now
+            newest = self.newest_whole()
+            if newest is None:
+                raise UserError(
+                    f"there is no checkpoint in {self.models}; train first: the same command without TEST=1"
+                )
+            path, state = newest
+            check_training_state(path, state)
+            self._compare_options(state["options"], "test")
+            self.history, self.normalization, done = state["history"], state["normalization"], state["iterations_done"]
         whole = ((path, read) for epoch in self.ranking() if (read := self._read(path := self.file(f"epoch_{epoch}"))))
         kept = list(islice(whole, self.options.top_n_models))
         if not kept:
             raise UserError(f"no epoch of {self.folder} is finished yet, so there is nothing to test")
         labels = ("single best", f"top-{len(kept)} ensemble")
-        self.observer.start(state["iterations_done"])
-        results = meta_test(self.model, self.options, kept, labels, state["normalization"], self.folder)
-        self.observer.tested(results, state["iterations_done"])
+        self.observer.start(done)
+        results = meta_test(self.model, self.options, kept, labels, self.normalization, self.folder)
+        self.observer.tested(results, done)
         return results
 
 

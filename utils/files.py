@@ -78,6 +78,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Replace the file `path` by a copy of `source`."""
+    with replace_file(path) as file:
+        file.write(source.read_bytes())
+
+
 def new_folder(path: Path) -> Path:
     """Make and return the first of PATH, PATH_2, PATH_3, ... that is not there; UserError where that cannot be."""
     for number in itertools.count(1):
