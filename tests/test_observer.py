@@ -14,9 +14,13 @@ from utils.records import Run, read_diagnostics, read_run
 
 @pytest.mark.usefixtures("reports")
 def test_a_run_leaves_a_report_with_its_numbers_and_test_and_a_test_alone_draws_it_anew(
-    toy_data: Path, tmp_path: Path
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of which the console shows nothing: it stays a line an epoch, without colours."""
     main(command(toy_data, tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["epoch"] * 3 + ["test"] * 2
+    assert not any("\x1b" in line for line in lines)
     folder = folder_of(tmp_path)
     file = folder / "logs" / "report.html"
     page = file.read_text(encoding="utf-8")
@@ -76,13 +80,3 @@ def test_going_on_from_an_earlier_epoch_forgets_the_other_branch(toy_data: Path,
     main(command(toy_data, tmp_path, *words))
     run = read_run(folder_of(tmp_path))
     assert [record["epoch"] for record in run.diagnostics] == [epoch.epoch for epoch in run.epochs] == [1, 2]
-
-
-@pytest.mark.usefixtures("reports")
-def test_the_console_stays_a_line_an_epoch_without_colours(
-    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(command(toy_data, tmp_path))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" ")[0] for line in lines] == ["epoch"] * 3 + ["test"] * 2
-    assert not any("\x1b" in line for line in lines)

@@ -100,20 +100,21 @@ def test_before_the_meta_test_the_text_says_how_to_test(folder: Path) -> None:
 # ---------------------------------------------------------------- page
 
 
-@pytest.fixture
-def tested(folder: Path) -> Path:
-    """A run with everything that a page can show."""
+@pytest.fixture(scope="session")
+def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything that a page can show, and its page; tests leave both as they are."""
+    folder = write_run(tmp_path_factory.mktemp("tested") / "glyphs_5way1shot" / "CxGrad_4conv")
     write_options(folder, experiment_name="<CxGrad> & more")
     write_results(folder, result("glyphs", 0.7803), result("glyphs", 0.7954, ensemble=True), result("digits", 0.6))
     write_episode(folder, "glyphs", wrong=2)
     write_episode(folder, "digits")
     write_confusion(folder, classes=6)
     write_inside(folder)
+    update_report(read_run(folder))
     return folder
 
 
 def page_of(folder: Path) -> str:
-    update_report(read_run(folder))
     return (folder / "logs" / "report.html").read_text(encoding="utf-8")
 
 
@@ -138,6 +139,7 @@ def test_page_has_a_section_for_everything_that_is_known(tested: Path) -> None:
 
 
 def test_page_of_an_older_run_leaves_sections_out(folder: Path) -> None:
+    update_report(read_run(folder))
     page = page_of(folder)
     assert headings(page) == ALWAYS
     assert "Not tested yet" in page
@@ -145,6 +147,7 @@ def test_page_of_an_older_run_leaves_sections_out(folder: Path) -> None:
 
 def test_page_of_a_head_shows_the_head(folder: Path) -> None:
     write_inside(folder, head=True)
+    update_report(read_run(folder))
     assert headings(page_of(folder)) == [*ALWAYS, "The head"]
 
 
@@ -165,7 +168,6 @@ def test_page_shows_names_and_options_as_they_are(tested: Path) -> None:
 
 
 def test_browser_shows_the_text_and_every_picture(tested: Path, browser: Browser) -> None:
-    page_of(tested)
     shown = browser.open(tested / "logs" / "report.html")
     assert "Best validation accuracy 73.46 ± 1.11 % (95 % CI per episode), epoch 2" in shown.text
     assert "digits\t60.00 ± 1.31 %\t± 0.42 %\t–\t–" in shown.text
