@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from utils import distributed
+from utils.image_cache import SPLITS
 from utils.options import Options, all_defaults, declaration, unmet
 from utils.synthetic import write_dataset
 
@@ -17,27 +18,31 @@ log = logging.getLogger(__name__)
 ELSEWHERE = "dry_run_elsewhere"  # the data set of its cross-domain test
 
 
-def dry_run(run: Callable[[Options, torch.device], None], options: Options, device: torch.device) -> None:
-    """Call `run` for two tiny epochs on made-up images: train, validate, save, resume, test, cross-test."""
+def dry_run(run: Callable[..., None], options: Options, device: torch.device) -> None:
+    """Call `run` for two tiny epochs on made-up images: train, validate, save, resume, test, cross-test.
+
+    It is called with options, the device and, for the training that is then resumed, `test` false.
+    """
     with tempfile.TemporaryDirectory(prefix="dry_run_") as name:
         folder = distributed.broadcast_text(name)
         tiny = shrink(options, Path(folder))
         if distributed.is_main():
-            write_images(tiny, (tiny.dataset_name, ELSEWHERE))
+            write_images(tiny, (tiny.dataset_name,))
+            write_images(tiny, (ELSEWHERE,), ("test",))
         distributed.barrier()
-        run(dataclasses.replace(tiny, total_epochs=1), device)
+        run(dataclasses.replace(tiny, total_epochs=1), device, test=False)
         run(tiny, device)
         run(dataclasses.replace(tiny, evaluate_on_test_set_only=True, test_datasets=ELSEWHERE), device)
         distributed.barrier()
     log.info("dry run: trained, resumed, tested and cross-tested")
 
 
-def write_images(options: Options, names: Iterable[str]) -> None:
-    """Write just enough made-up images for the options' tasks, in data sets of these names."""
+def write_images(options: Options, names: Iterable[str], splits: Sequence[str] = SPLITS) -> None:
+    """Write just enough made-up images for the options' tasks, in splits of data sets of these names."""
     (way, shot, query), (test_way, _, test_query) = options.training_task, options.evaluation_task
     images = max(shot + query, max(options.evaluation_task[1], *options.test_shot_list) + test_query)
     for name in names:
-        write_dataset(Path(options.dataset_dir) / name, max(way, test_way), images, (28, 28))
+        write_dataset(Path(options.dataset_dir) / name, max(way, test_way), images, (28, 28), splits)
 
 
 def shrink(options: Options, folder: Path) -> Options:

@@ -188,7 +188,7 @@ def made_up_checkpoint(folder: Path, gpu: str | None) -> Path:
     """Train a tiny model for two iterations on made-up images in `folder` and return its best checkpoint."""
     options = shrink(Options(), folder)
     write_images(options, [options.dataset_name])
-    train_maml_system.run(options, choose_device(gpu))
+    train_maml_system.run(options, choose_device(gpu), test=False)
     (best,) = folder.glob("experiments/*/*/saved_models/best")
     return best
 

@@ -43,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(options, device)
 
 
-def run(options: Options, device: torch.device) -> None:
-    """Train if that is asked for, then meta-test: once, or with each of --num_seeds seeds and then their mean."""
+def run(options: Options, device: torch.device, test: bool = True) -> None:
+    """Train if that is asked for, then meta-test: once, or with each of --num_seeds seeds and then their mean.
+
+    `test` false leaves out the meta-test.
+    """
     for name in {options.dataset_name, *options.test_dataset_list} if distributed.is_main() else ():
         ensure_builtin(name, Path(options.dataset_dir))
     distributed.barrier()
@@ -52,19 +55,20 @@ def run(options: Options, device: torch.device) -> None:
     for number, of_seed in enumerate(seeds.each(options), 1):
         if options.num_seeds > 1:
             log.info("seed %d of %d, in %s", number, options.num_seeds, experiment_folder(of_seed))
-        run_seed(of_seed, device)
-    if options.num_seeds > 1 and distributed.is_main():
+        run_seed(of_seed, device, test)
+    if test and options.num_seeds > 1 and distributed.is_main():
         seeds.report(options)
 
 
-def run_seed(options: Options, device: torch.device) -> None:
-    """Train if that is asked for, then meta-test."""
+def run_seed(options: Options, device: torch.device, test: bool = True) -> None:
+    """Train if that is asked for, then meta-test, unless `test` is false."""
     experiment = Experiment(options, build_learner(device, options))
     if not options.evaluate_on_test_set_only:
         check_tests(options)  # what is wrong with them should not come out after the training
         read_tests(experiment.folder / "logs" / "test_summary.json")
         experiment.train()
-    experiment.meta_test()
+    if test:
+        experiment.meta_test()
 
 
 if __name__ == "__main__":
