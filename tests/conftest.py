@@ -1,4 +1,7 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+What imports torch is imported in them: the process that hands out the tests needs none, and starts in a moment.
+"""
 
 import os
 import shutil
@@ -12,7 +15,6 @@ import pytest
 from PIL import Image
 
 from tests.browser import Browser
-from utils import observer, report
 from utils.progress import set_up_logging
 
 set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
@@ -35,6 +37,8 @@ def short_ends() -> Iterator[None]:
 
     The tests of the report use `reports`; that files are told to reach the disk is a test of its own.
     """
+    from utils import observer
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(observer, "update_report", lambda run: [])
         patch.setattr(os, "fsync", lambda file: None)
@@ -44,6 +48,8 @@ def short_ends() -> Iterator[None]:
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have runs draw their report, as they do outside of tests."""
+    from utils import observer, report
+
     monkeypatch.setattr(observer, "update_report", report.update_report)
 
 

@@ -569,9 +569,23 @@ def test_two_processes_train_as_one_does(finished: Path, finished_by_two: Path) 
 
 
 def test_a_batch_that_cannot_be_shared_is_named(toy_data: Path, tmp_path: Path) -> None:
-    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3", launched=True)
+    status, output = train_with_two(tmp_path, toy_data, "--batch_size", "3")
     assert status == 2 and "--batch_size 3 tasks cannot be shared equally over 2 GPUs" in output
     assert "Traceback" not in output
+
+
+def test_the_status_of_processes_that_stopped_by_themselves_is_that_of_their_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "stops.py"
+    script.write_text(f"""
+import os, sys
+if "WORLD_SIZE" in os.environ:
+    sys.exit(3)
+sys.path.insert(0, {str(ROOT)!r})
+from utils import distributed, entry
+sys.exit(entry.run(lambda: distributed.launch(2)))
+""")
+    launcher = start(tmp_path / "output", str(script))
+    assert launcher.wait() == 3 and not re.search(r"^error:|^Traceback", launcher.printed(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
