@@ -3,11 +3,13 @@
 What imports torch is imported in them: the process that hands out the tests needs none, and starts in a moment.
 """
 
+import importlib
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from utils.progress import set_up_logging
 
 set_up_logging()  # so that capsys sees the messages of functions that an entry point would call
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 def stop_tracing() -> None:
@@ -53,14 +56,34 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "update_report", report.update_report)
 
 
-@pytest.fixture
-def no_coverage() -> Iterator[None]:
-    """Do not trace a test that would take much longer then. pytest-cov's own marker does nothing under pytest-xdist."""
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Inside, coverage sees nothing."""
     tracers = sys.gettrace(), threading.gettrace()
     stop_tracing()
     yield
     sys.settrace(tracers[0])
     threading.settrace(tracers[1])
+
+
+@pytest.fixture
+def no_coverage() -> Iterator[None]:
+    """Do not trace a test that would take much longer then. pytest-cov's own marker does nothing under pytest-xdist."""
+    with untraced():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Import the tests, and before them what the project imports, untraced, which takes half the time."""
+    if hasattr(session.config, "workerinput"):  # not in the process that hands out the tests
+        with untraced():
+            for library in ("torch._dynamo", "torchvision", "matplotlib.figure", "sklearn.datasets"):
+                importlib.import_module(library)
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("preprocess/*.py")):
+            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    with untraced():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,7 @@ def help_of(*program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("no_coverage")  # dry runs, of which tests/test_scripts.py counts a few
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_line_of_the_documents_can_be_copied(
     line: str, stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
