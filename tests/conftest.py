@@ -61,9 +61,11 @@ def untraced() -> Iterator[None]:
     """Inside, coverage sees nothing."""
     tracers = sys.gettrace(), threading.gettrace()
     stop_tracing()
-    yield
-    sys.settrace(tracers[0])
-    threading.settrace(tracers[1])
+    try:
+        yield
+    finally:
+        sys.settrace(tracers[0])
+        threading.settrace(tracers[1])
 
 
 @pytest.fixture
@@ -75,13 +77,14 @@ def no_coverage() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Import the tests, and before them what the project imports, untraced, which takes half the time."""
-    if hasattr(session.config, "workerinput"):  # not in the process that hands out the tests
-        with untraced():
-            for library in ("torch._dynamo", "torchvision", "matplotlib.figure", "sklearn.datasets"):
-                importlib.import_module(library)
-        for file in (*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("preprocess/*.py")):
-            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    """Import libraries and tests untraced, which takes half the time, and the project itself in between."""
+    if not hasattr(session.config, "workerinput"):  # the process that hands out the tests, or the only one
+        return (yield)
+    with untraced():
+        for library in ("torch._dynamo", "torchvision", "matplotlib.figure", "sklearn.datasets"):
+            importlib.import_module(library)
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("preprocess/*.py")):
+        importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
     with untraced():
         return (yield)
 
