@@ -77,7 +77,7 @@ def no_coverage() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Import libraries and tests untraced, which takes half the time, and the project itself in between."""
+    """Import libraries and tests untraced, which is faster, and the project itself in between."""
     if not hasattr(session.config, "workerinput"):  # the process that hands out the tests, or the only one
         return (yield)
     with untraced():
@@ -106,6 +106,14 @@ def browser(tmp_path: Path) -> Browser:
     folder = tmp_path / "browser"
     folder.mkdir()
     return Browser(program, folder)
+
+
+@pytest.fixture(scope="session")
+def printer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a program that takes the place of Python and prints its arguments, one a line."""
+    from tests.test_scripts import program
+
+    return program(tmp_path_factory.mktemp("printer") / "printer", "printf '%s\\n' \"$@\"")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from benchmarks.peers import INNER_RATE, OUTER_RATE, STEPS, Batch, Step, moved, 
 from captured_gradients import WARM_UP
 from tests.forked import ON_GPU, Command, run_forked
 from tests.stand_in_cuda import stand_in_cuda
-from tests.test_scripts import program
 from utils.synthetic import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +50,7 @@ def fork_scripts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_writes_a_record_without_a_failure(script: str, tmp_path: Path) -> None:
-    printer = program(tmp_path / "printer", "printf '%s\\n' \"$@\"")
+def test_a_benchmark_writes_a_record_without_a_failure(script: str, printer: Path, tmp_path: Path) -> None:
     extra = ["--experiments_dir", str(tmp_path / "experiments")] if script == "methods" else []
     if script == "methods":  # its rows are of 28 pixels, 1 shot and 15 queries
         write_dataset(tmp_path / "datasets" / "glyphs", 5, 16, (28, 28))

@@ -346,6 +346,9 @@ def test_normalisation_and_seeds_reach_training_validation_and_test(toy_data: Pa
     assert results[1]["loss"] == pytest.approx(ensemble.loss, rel=1e-6) != results[0]["loss"]
     assert {result["normalization"] for result in results} == {"channel"}
 
+    (folder / "logs" / "test_summary.json").unlink()
+    main(command(toy_data, tmp_path, *extra, "--evaluate_on_test_set_only", "true"))
+    assert json.loads((folder / "logs" / "test_summary.json").read_text()) == results
     best = str(folder / "saved_models" / "best")
     protocol = ["--dataset_dir", str(toy_data), "--episode", "5", "--query", "2", "--seed", "5", "--gpu", "cpu"]
     test_entry.main(["--load", best, *protocol])

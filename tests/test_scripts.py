@@ -39,11 +39,6 @@ def program(path: Path, *lines: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def printer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(tmp_path_factory.mktemp("printer") / "printer", "printf '%s\\n' \"$@\"")
-
-
 def call(script: Path | str, *words: str, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in READ_BY_SCRIPTS}
     environment |= {name: str(value) for name, value in variables.items()}
