@@ -3,6 +3,7 @@
 They are forked from this process, so that none of them spends seconds on importing torch.
 """
 
+import atexit
 import mmap
 import os
 import runpy
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # which torch.optim imports: each of the forked processes would take a second or two for it
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from utils.images import end_with
 
@@ -149,6 +151,27 @@ def two_processes(folder: Path, words: Sequence[str], **variables: str) -> tuple
     return next(filter(None, (process.status() for process in both)), 0), "".join(p.printed() for p in both)
 
 
+class _Forked(subprocess.Popen[str]):
+    """A script that Python shall run, forked from this process."""
+
+    def _execute_child(  # type: ignore[override, unused-ignore]
+        self, args: Sequence[str], executable: None, preexec: None, close: bool, keep: object, cwd: None,
+        env: Mapping[str, str], *_: object,
+    ) -> None:  # fmt: skip
+        sys.stdout.flush()
+        parent, (_python, _unbuffered, *words) = os.getpid(), args
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(parent, None, words, partial(os.environ.update, env), False)
+        self._child_created = True
+
+
+def fork_workers() -> None:
+    """From now on, where this process is torchrun, what it starts is forked from it."""
+    if not ON_GPU:
+        subprocess_handler.Popen = _Forked  # type: ignore[misc, assignment]
+
+
 def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
     """Return whether the condition came true in time."""
     deadline = time.monotonic() + seconds
@@ -158,7 +181,7 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
 
 
 def _become(
-    parent: int, output: Path, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None], anew: bool
+    parent: int, output: Path | None, words: Sequence[str] | Callable[[], int], prepare: Callable[[], None], anew: bool
 ) -> None:
     """Run the command in this, the forked process, and end it; there is no way back into the code of the parent."""
     status = 1
@@ -166,12 +189,16 @@ def _become(
         end_with(parent)
         os.setsid()
         torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for standard in (1, 2):
-            os.dup2(file, standard)
+        if output:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for standard in (1, 2):
+                os.dup2(file, standard)
         _let_go_of_files()
         sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for ending in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(ending, signal.SIG_DFL)
+        atexit._clear()
         os.chdir(ROOT)
         prepare()
         if callable(words):
@@ -187,6 +214,7 @@ def _become(
         traceback.print_exc()
     finally:
         try:
+            atexit._run_exitfuncs()
             sys.stdout.flush()
         except OSError:
             status = 120  # as Python does where what was printed last cannot be written

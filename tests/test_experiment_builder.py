@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from data import Episodes
 from experiment_builder import Experiment, experiment_folder
 from few_shot_learning_system import MAMLFewShotClassifier
 from learner import Form
-from tests.forked import ON_GPU, Command, run_forked, two_processes
+from tests.forked import ON_GPU, Command, fork_workers, run_forked, two_processes
 from train_maml_system import main
 from utils import checkpoints
 from utils.errors import UserError
@@ -68,7 +67,12 @@ def history(results: Path) -> list[dict[str, Any]]:
 
 def start(output: Path, *words: str, **variables: str) -> Command:
     """Start a script that starts others; what all of them print goes to `output`."""
-    return Command(output, words, partial(os.environ.update, variables, OMP_NUM_THREADS="1"), ON_GPU)
+
+    def prepare() -> None:
+        os.environ.update(variables, OMP_NUM_THREADS="1")
+        fork_workers()
+
+    return Command(output, words, prepare, ON_GPU)
 
 
 # --- the whole path ------------------------------------------------------------------------------------------------
@@ -487,7 +491,7 @@ def test_changed_options_are_named_when_going_on(
 
 
 TWO_PROCESSES = f"""
-import os, signal, sys
+import contextlib, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import experiment_builder, train_maml_system, utils.observer
 from few_shot_learning_system import MAMLFewShotClassifier
@@ -511,7 +515,10 @@ def main():
 try:
     status = entry.run(main)
 finally:  # a thread that outlives its group may abort the process while Python ends
-    threads = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+    threads = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # this one has just ended
+            threads.append(open(f"/proc/self/task/{{task}}/comm").read())
     assert not [name for name in threads if "gloo" in name], threads
 sys.exit(status)
 """
