@@ -60,7 +60,7 @@ from utils.synthetic import write_dataset  # noqa: E402
 
 OK, FAILED, MEASURED, NOT_AVAILABLE, LEFT_OUT = "ok", "FAILED", "measured", "not available", "left out"
 WARM_UP = 4  # iterations on a GPU that set up its libraries, choose algorithms and capture the graph
-REPEATED = 3  # iterations after them; of their times the median counts
+REPEATED = 3  # iterations after them, of whose times the median counts; also those of an epoch of `repeats`
 
 Figures = dict[str, float | str]
 
@@ -268,7 +268,8 @@ def repeats(where: device) -> Checks:
 def same_bits(where: device, make_options: Callable[..., Options], deterministic: bool) -> Outcome:
     """Train twice, and once in two parts; on a GPU equal bits are promised with --deterministic only."""
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as folder:
-        run = {"dataset_name": "made", "dataset_dir": folder, "total_iter_per_epoch": 3, "num_evaluation_tasks": 2}
+        run = {"dataset_name": "made", "dataset_dir": folder, "num_evaluation_tasks": 2}
+        run |= {"total_iter_per_epoch": REPEATED}
         run |= {"deterministic": True} if deterministic else {}
         write_dataset(Path(folder) / "made", 6, 8)
 
@@ -320,7 +321,7 @@ def milliseconds(where: device, model: FewShotLearner, batch: Sequence[Tensor]) 
     if on_gpu(where):
         torch.cuda.reset_peak_memory_stats(where)
     try:
-        for _ in range(WARM_UP + REPEATED if on_gpu(where) else 3):
+        for _ in range(WARM_UP + REPEATED if on_gpu(where) else REPEATED):
             begin = time.perf_counter()
             model.run_train_iter(batch, 0)
             synchronise(where)

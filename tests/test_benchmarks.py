@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ SCRIPTS = {
     "augmentation": ["--sizes", "32", "--rounds", "1"],
     "memory": ["--size", "16", "--widths", "2-3-4-5"],
     "data": ["--images", "21", "--episodes", "1", "--archives", "none"],
-    "methods": ["--methods", "maml", "--seeds", "0", "1", "--iterations", "3", "--tasks", "2", "--jobs", "1"],
+    "methods": ["--methods", "ANIL", "--seeds", "0", "1", "--iterations", "3", "--tasks", "2", "--jobs", "1"],
 }
 
 
@@ -58,12 +59,18 @@ def test_a_benchmark_writes_a_record_without_a_failure(script: str, printer: Pat
     words += ["--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
 
     def prepare() -> None:
-        """Leave to the script what it has to find by itself; its processes, but for one script's, are forked."""
+        """Leave to the script what it has to find by itself; its processes, but for one script's first, are forked."""
         os.environ["DATASET_DIR"] = str(tmp_path / "datasets")
         for module in [name for name in sys.modules if name.startswith("benchmarks")]:
             del sys.modules[module]
-        if script != "memory":
-            subprocess.run = partial(fork_scripts, printer)  # type: ignore[assignment]
+        interpreters = iter([subprocess.run] if script == "memory" else [])
+
+        def run(command: Sequence[str], **named: Any) -> "subprocess.CompletedProcess[str]":
+            forked = partial(fork_scripts, printer)
+            chosen = next(interpreters, forked) if command[0] == sys.executable else forked
+            return chosen(command, **named)
+
+        subprocess.run = run  # type: ignore[assignment]
 
     process = Command(tmp_path / "output", words, prepare, ON_GPU)
     assert process.wait(600) == 0, process.printed()

@@ -1,5 +1,6 @@
 """`make check-gpu` on a CPU: every section is there, a defect fails, and what raises an exception is a line."""
 
+import faulthandler
 import json
 import logging
 import subprocess
@@ -12,13 +13,15 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import few_shot_learning_system
 import meta_neural_network_architectures as networks
 from benchmarks import cases, check_gpu
 from inner_loop_optimizers import RULES, chosen_rules
-from tests.forked import run_forked
+from tests.forked import fork_workers, run_forked
 from tests.stand_in_cuda import stand_in_cuda
+from utils.options import Options
 
 CPU = torch.device("cpu")
 
@@ -36,7 +39,20 @@ def recorded(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 @pytest.mark.usefixtures("no_coverage")
 def test_a_cpu_passes_and_every_section_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch.object(subprocess, "run", run_forked):
+    plain = cases.head_options
+
+    def small(device: torch.device, head: str, backbone: str = "conv64", **extra: Any) -> Options:
+        size = {"image_height": 16, "image_width": 16} if backbone == "conv64" else {}
+        return plain(device, head, backbone, **size, **extra)
+
+    with (
+        mock.patch.object(check_gpu, "REPEATED", 1),
+        mock.patch.object(cases, "head_options", small),
+        mock.patch.object(subprocess, "run", run_forked),
+        mock.patch.object(faulthandler, "dump_traceback_later"),  # a fork would wait for its thread
+        mock.patch.object(subprocess_handler, "Popen", subprocess_handler.Popen),  # restored at the end
+    ):
+        fork_workers()
         sections = lines_of(tmp_path)
     assert list(sections) == list(check_gpu.SECTIONS) and all(sections.values())
     printed = capsys.readouterr().out
@@ -129,6 +145,7 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
 
         with (
             mock.patch.object(torch.cuda, "set_sync_debug_mode", forbid),
+            mock.patch.multiple(check_gpu, WARM_UP=1, REPEATED=1),
             mock.patch.object(few_shot_learning_system, "cross_entropy", copying if waits else plain),
         ):
             outcome = check_gpu.outcome_of(
@@ -144,6 +161,7 @@ def test_a_wait_of_the_host_is_noticed(waits: bool) -> None:
 def test_what_only_a_gpu_runs_is_run_on_stand_in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_gpu, "WARM_UP", 0)
     monkeypatch.setattr(check_gpu, "REPEATED", 1)
+    monkeypatch.setitem(cases.CXGRAD_84, "number_of_training_steps_per_iter", 1)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda _: None)
     for name in ("max_memory_allocated", "max_memory_reserved"):
