@@ -11,7 +11,7 @@ READY := .venv/.requirements-installed
 BENCH ?= iteration evaluation head_training svm_head data augmentation explain
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help demo test torture lint format bench bench-peers check-gpu
+.PHONY: help demo test scripts torture lint format bench bench-peers check-gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ demo: $(READY) ## meta-train, meta-test and cross-test CxGrad on built-in data; 
 # One thread a worker: two processes of one thread each are faster on two cores than one process of two.
 test: $(READY) ## run every test, print the coverage; ARGS="tests/test_data.py -k sampler" runs some, prints none
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m pytest -n auto --maxprocesses 8 --dist worksteal $(or $(ARGS),--cov=.)
+
+scripts: $(READY) ## run every experiment script dry; ARGS="CUB resnet12" those that have both words in their names
+	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.every_script $(ARGS)
 
 torture: $(READY) ## kill, fill, damage and disturb everything, and count; ARGS="--only kills --seed 7"
 	OMP_NUM_THREADS=1 "$(ENV_PYTHON)" -m tests.torture $(ARGS)

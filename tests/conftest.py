@@ -111,9 +111,9 @@ def browser(tmp_path: Path) -> Browser:
 @pytest.fixture(scope="session")
 def printer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a program that takes the place of Python and prints its arguments, one a line."""
-    from tests.test_scripts import program
+    from tests.every_script import make_printer
 
-    return program(tmp_path_factory.mktemp("printer") / "printer", "printf '%s\\n' \"$@\"")
+    return make_printer(tmp_path_factory.mktemp("printer") / "printer")
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def help_of(*program: str) -> str:
     return done.stdout
 
 
-@pytest.mark.usefixtures("no_coverage")  # dry runs, of which tests/test_scripts.py counts a few
+@pytest.mark.usefixtures("no_coverage")  # dry runs, of which other tests tell
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_line_of_the_documents_can_be_copied(
     line: str, stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -203,7 +203,7 @@ def test_a_command_line_of_the_documents_can_be_copied(
             run_code(document, monkeypatch)
     if called == "make":
         subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
-    elif re.search(r"_5way\w*/\w+\.sh 0\s*(#|$)", line):  # a row as it is, which tests/test_scripts.py runs dry
+    elif re.search(r"_5way\w*/\w+\.sh 0\s*(#|$)", line):  # a row as it is, which `make scripts` runs dry
         assert parse_args(words[1:])
     elif words[0] == "train_maml_system.py" and "--help" not in words:
         train_maml_system.main([*words[1:], "--gpu", "cpu", "--dry_run", "true"])

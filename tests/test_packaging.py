@@ -88,6 +88,7 @@ def test_make_lists_its_targets(checkout: Path) -> None:
         "help",
         "demo",
         "test",
+        "scripts",
         "torture",
         "lint",
         "format",

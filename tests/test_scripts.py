@@ -1,10 +1,12 @@
-"""The experiment scripts: each runs, says how it is run, and heeds the interface; any.sh makes the rows that have none.
+"""The experiment scripts: each says how it is run and heeds the interface; any.sh makes the rows that have none.
 
+One of each method and network runs dry here; `make scripts` runs all.
 A row's hyperparameters are there to be edited, so no test here depends on one. Most tests put a small program in the
 place of Python that prints its arguments, one a line.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,33 +18,19 @@ import torch.distributed.run
 
 import train_maml_system
 from experiment_builder import experiment_folder
+from tests import every_script
+from tests.every_script import END, ROOT, ROWS, call, executable, failure
 from utils.errors import UserError
 from utils.options import Options, parse_args
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiment_scripts"
-ROWS = sorted(FOLDER.glob("*_5way*/*.sh"))
+FIRST = {row.stem: row for row in reversed(ROWS)}.values()  # of each method and network, one
 GLYPHS = FOLDER / "glyphs_5way_1shot" / "CxGrad_4conv.sh"
 ANY = FOLDER / "any.sh"
-READ_BY_SCRIPTS = ("TEST", "TEST_DATASET", "TEST_BATCH_SIZE", "DATASET_DIR", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")
 
 
 def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
-
-
-def program(path: Path, *lines: str) -> Path:
-    """An executable shell script at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
-    path.chmod(0o755)
-    return path
-
-
-def call(script: Path | str, *words: str, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in READ_BY_SCRIPTS}
-    environment |= {name: str(value) for name, value in variables.items()}
-    return subprocess.run(["bash", str(script), *words], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def passed_on(script: Path | str, *words: str, cwd: Path = ROOT, **variables: object) -> list[str]:
@@ -135,25 +123,34 @@ def test_any_says_what_is_wrong(words: list[str], message: str, printer: Path) -
 def test_any_runs_dry(words: str, printer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, *options = passed_on(ANY, *words.split(), "cpu", "--dry_run", "true", PYTHON=printer)
     train_maml_system.main(options)
-    assert capsys.readouterr().out.endswith("dry run: trained, resumed, tested and cross-tested\n")
+    assert capsys.readouterr().out.endswith(END)
 
 
-@pytest.mark.usefixtures("no_coverage")  # a hundred times the code of which the first few tell
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
-def test_every_script_runs_dry(row: Path, printer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry, *words = passed_on(row, "cpu", PYTHON=printer)
-    assert entry == "train_maml_system.py"
-    train_maml_system.main([*words, "--dry_run", "true"])
-    assert capsys.readouterr().out.endswith("dry run: trained, resumed, tested and cross-tested\n")
+@pytest.mark.usefixtures("no_coverage")  # the code of a whole run, of which other tests tell
+@pytest.mark.parametrize("row", FIRST, ids=name_of)
+def test_script_runs_dry(row: Path, printer: Path) -> None:
+    assert failure(row, printer) == ""
 
 
-@pytest.mark.parametrize("name", ["FC100_5way/ProtoNet_conv64.sh", "demo.sh"])
-def test_dry_run_from_the_shell_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
-    result = call(
-        FOLDER / name, "cpu", "--dry_run", "true", PYTHON=sys.executable, TMPDIR=tmp_path, DATASET_DIR=tmp_path
-    )
+def test_a_script_that_does_not_run_dry_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, broken = FOLDER / "omniglot_5way_1shot" / "maml_4conv.sh", tmp_path / "scripts" / "birds_5way" / "broken.sh"
+    broken.parent.mkdir(parents=True)
+    broken.write_text(sound.read_text().replace("--cnn_num_filters ", "--cnn_num_filters -"))
+    shutil.copy(FOLDER / "run.sh", tmp_path / "scripts")
+    monkeypatch.setattr(every_script, "ROWS", [broken, sound])
+    assert every_script.main([]) == 1
+    wrong, *_, last = capsys.readouterr().out.splitlines()
+    assert wrong.startswith("birds_5way/broken.sh: ") and last.startswith("2 scripts: 1 ran dry, ")
+    assert every_script.main(["omniglot"]) == 0 and every_script.main(["no such script"]) == 1
+
+
+def test_dry_run_from_the_shell_leaves_nothing_behind(tmp_path: Path) -> None:
+    words, folders = ("cpu", "--dry_run", "true"), {"TMPDIR": tmp_path, "DATASET_DIR": tmp_path}
+    result = call(FOLDER / "demo.sh", *words, PYTHON=sys.executable, **folders)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("dry run: trained, resumed, tested and cross-tested\n")
+    assert result.stdout.endswith(END)
     left = [path.name for path in tmp_path.iterdir()]
     assert [name for name in left if not name.startswith("torchinductor_")] == []  # which importing torch may make
 
@@ -227,7 +224,7 @@ def test_own_options_come_last_and_keep_their_spaces(printer: Path) -> None:
     ids=["root", "experiment_scripts", "beside_it", "elsewhere"],
 )
 def test_scripts_run_from_anywhere_and_in_the_root(cwd: Path, script: str, tmp_path: Path) -> None:
-    where = program(tmp_path / "where", "pwd")
+    where = executable(tmp_path / "where", "pwd")
     assert passed_on(script, "cpu", cwd=cwd, PYTHON=where) == [str(ROOT)]
 
 
@@ -240,7 +237,7 @@ def test_relative_data_folder_is_seen_from_where_the_user_stands(tmp_path: Path,
 
 
 def test_shell_becomes_the_program_so_that_signals_reach_it(tmp_path: Path) -> None:
-    pid = program(tmp_path / "pid", "echo $$")
+    pid = executable(tmp_path / "pid", "echo $$")
     environment = {**os.environ, "PYTHON": str(pid)}
     with subprocess.Popen(["bash", GLYPHS, "cpu"], env=environment, stdout=subprocess.PIPE, text=True) as process:
         printed, _ = process.communicate()
@@ -249,7 +246,7 @@ def test_shell_becomes_the_program_so_that_signals_reach_it(tmp_path: Path) -> N
 
 def test_active_environment_is_used_before_any_other(tmp_path: Path) -> None:
     for name in ("venv", "conda"):
-        program(tmp_path / name / "bin" / "python", f"echo {name}")
+        executable(tmp_path / name / "bin" / "python", f"echo {name}")
     venv, conda = tmp_path / "venv", tmp_path / "conda"
     assert passed_on(GLYPHS, "cpu", CONDA_PREFIX=conda)[-1] == "conda"
     assert passed_on(GLYPHS, "cpu", VIRTUAL_ENV=venv)[-1] == "venv"
@@ -273,7 +270,7 @@ def test_python_that_is_no_program_is_named() -> None:
 
 def test_demo_prepares_trains_cross_tests_and_reports(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"')
+    stub = executable(tmp_path / "stub", f'echo "$@" >>"{log}"')
     result = call(FOLDER / "demo.sh", "cpu", PYTHON=stub, TEST=1, TEST_DATASET="CUB")
     assert result.returncode == 0, result.stderr
     prepare, train, test, report = log.read_text().splitlines()
@@ -286,7 +283,7 @@ def test_demo_prepares_trains_cross_tests_and_reports(tmp_path: Path) -> None:
 
 def test_demo_keeps_its_data_where_the_user_says(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"')
+    stub = executable(tmp_path / "stub", f'echo "$@" >>"{log}"')
     assert call(FOLDER / "demo.sh", "cpu", cwd=tmp_path, PYTHON=stub, DATASET_DIR="data").returncode == 0
     prepare, *runs, _ = log.read_text().splitlines()
     assert prepare.endswith(f" --dataset_dir {tmp_path}/data")
@@ -295,7 +292,7 @@ def test_demo_keeps_its_data_where_the_user_says(tmp_path: Path) -> None:
 
 def test_demo_stops_where_a_step_fails(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"', 'case "$1" in train*) exit 3;; esac')
+    stub = executable(tmp_path / "stub", f'echo "$@" >>"{log}"', 'case "$1" in train*) exit 3;; esac')
     assert call(FOLDER / "demo.sh", "cpu", PYTHON=stub).returncode == 3
     assert len(log.read_text().splitlines()) == 2
 
@@ -305,6 +302,6 @@ def test_demo_stops_where_a_step_fails(tmp_path: Path) -> None:
 )
 def test_demo_knows_each_form_of_the_dry_run(words: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stub = program(tmp_path / "stub", f'echo "$@" >>"{log}"')
+    stub = executable(tmp_path / "stub", f'echo "$@" >>"{log}"')
     assert call(FOLDER / "demo.sh", "cpu", *words, PYTHON=stub).returncode == 0
     assert len(log.read_text().splitlines()) == (4 if "false" in words[-1] else 1)
