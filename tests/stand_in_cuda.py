@@ -9,14 +9,13 @@ cuDNN's choices, values, memory, autocast's casts, NCCL.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, LAZY = torch.device("cuda", 0), torch.device("lazy")
 DEVICE = torch.ops.prim.device.default
@@ -65,12 +64,27 @@ def without_lazy(x: object) -> object:
     return CUDA if isinstance(x, torch.device) and x.type == "lazy" else x
 
 
+def tensors_in(values: Iterable[object]) -> list[Tensor]:
+    """Operators take and return tensors and lists of them; torch's functions for trees of any kind take far longer."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
+
+
 class StandIn(FakeTensorMode):
     """Inside, device "cuda" exists; `calls` counts what launches kernels, `waits` names what the host waits for."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.forbid, self.inside, self.calls, self.waits = False, False, Counter[str](), list[str]()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to make sure of that takes time in each call
 
     def wait(self, what: str) -> None:
         self.waits.append(what)
@@ -80,9 +94,10 @@ class StandIn(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE and on_cuda(args[0]) and not self.in_kernel_invocation:
             return LAZY
-        args, kwargs = tree_map(without_lazy, (args, kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        here, base = any(map(on_cuda, tensors)), func.name().removeprefix("aten::").split(".")[0]
+        args = tuple(map(without_lazy, args))
+        kwargs = {name: without_lazy(x) for name, x in kwargs.items()} if kwargs else {}
+        tensors, base = tensors_in((*args, *kwargs.values())), func.name().removeprefix("aten::").split(".")[0]
+        here = any(map(on_cuda, tensors))
         if base in READS_VALUES and not here:
             return 1.0 if tensors[0].is_floating_point() else 1  # such as Adam's step counters, which lie on the host
         if here and base in WAITS:
@@ -97,13 +112,13 @@ class StandIn(FakeTensorMode):
             raise RuntimeError(f"{base}: CUDA's kernel allocates the gradients of weight and bias like the weight")
         outer, self.inside = self.inside, True  # what shapes are derived from by decomposition is one call on a GPU
         try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            result = self.dispatch(func, types, args, kwargs)
         finally:
             self.inside = outer
         if (
             not self.inside
             and base.split("::")[-1] not in LAUNCHES_NOTHING
-            and (here or any(map(on_cuda, tree_leaves(result))))
+            and (here or any(map(on_cuda, tensors_in([result]))))
         ):
             self.calls[base] += 1
         return result

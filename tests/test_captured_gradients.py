@@ -5,7 +5,7 @@ nothing else, so whatever Python decides in an iteration, outside the plan, show
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import captured_gradients
 from captured_gradients import CapturedGradients, Results
@@ -41,27 +40,46 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to make sure of that takes time in each call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        taken = aliases((args, kwargs or {}))
-        made = func(*args, **(kwargs or {}))
-        self.calls.append((func, *taken, aliases(made)))
+        kwargs = kwargs or {}
+        args_now, kwargs_now = aliases(args), {name: aliases(value) for name, value in kwargs.items()}
+        made = func(*args, **kwargs)
+        taken = {memory(tensor) for tensor in tensors_in([args, *kwargs.values()])}
+        # none of a view, and of what is written in place
+        places = [None if memory(place) in taken else place.detach() for place in tensors_in([made])]
+        self.calls.append((func, args_now, kwargs_now, places))
         return made
 
     def replay(self) -> None:
         """Run the operations again; each puts what it makes where it was put before."""
-        for func, args, kwargs, before in self.calls:
-            taken = {memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-            args, kwargs = aliases((args, kwargs))
-            for place, value in zip(tree_leaves(before), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(place, Tensor) and memory(place) not in taken:  # no view, and not written in place
-                    place.copy_(value)
+        for func, args, kwargs, places in self.calls:
+            made = func(*aliases(args), **{name: aliases(value) for name, value in kwargs.items()})
+            if any(place is not None for place in places):
+                for place, value in zip(places, tensors_in([made]), strict=True):
+                    if place is not None:
+                        place.copy_(value)
 
 
-def aliases(arguments: Any) -> Any:
+def aliases(value: Any) -> Any:
     """The same memory in the shapes of now, which operations such as `squeeze_` change."""
-    return tree_map_only(Tensor, Tensor.detach, arguments)
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(map(aliases, value)) if isinstance(value, list | tuple) else value
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Operators take and return tensors and lists of them; torch's functions for trees of any kind take far longer."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
 
 
 def memory(tensor: Tensor) -> int:
