@@ -1,5 +1,6 @@
 """This module writes the images of a data set, each checked to decode, several at a time, few of them in memory."""
 
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -20,6 +21,7 @@ MOST_THREADS = 4  # Pillow and the disk work outside Python's lock; more threads
 AHEAD = 16  # pieces that are under way
 PIECE = 32  # images that a thread takes at once, fewer if they are large
 PIECE_BYTES = 2**22
+PNG_START = b"\x89PNG\r\n\x1a\n"
 ARCHIVE_CURE = (
     "Fetch the archive again. To do without them, unpack it yourself to class folders and train with "
     "--skip_bad_images true"
@@ -67,11 +69,12 @@ def _pieces(folder: Path, pictures: Iterable[Picture], contents: Contents) -> It
     size = 0
     for picture in pictures:
         split, class_name, file, content = picture
-        for name in (class_name, file):
+        classes = contents.setdefault(split, {})
+        is_new = class_name not in classes
+        for name in (class_name, file) if is_new else (file,):
             if not is_plain(name):
                 raise UserError(f"{name!r} cannot be the name of a class or an image: rename it in its source")
-        classes = contents.setdefault(split, {})
-        if class_name not in classes:
+        if is_new:
             (folder / split / class_name).mkdir(parents=True, exist_ok=True)
         classes[class_name] = classes.get(class_name, 0) + 1
         piece.append(picture)
@@ -86,12 +89,12 @@ def _write(folder: Path, pictures: list[Picture]) -> tuple[list[str], int]:
     """Return place and reason of each unreadable image, and the number of all."""
     bad = []
     for split, class_name, file, content in pictures:
-        path = folder / split / class_name / file
+        path = os.path.join(folder, split, class_name, file)  # a Path would take longer
         try:
             if isinstance(content, Path):
-                path.symlink_to(content)
+                os.symlink(content, path)
                 continue
-            with path.open("xb") as out:
+            with open(path, "xb") as out:
                 if isinstance(content, np.ndarray):
                     Image.fromarray(content).save(out, "PNG", compress_level=1)
                     continue
@@ -109,8 +112,9 @@ def why_unreadable(content: bytes) -> str:
     JPEGs are decoded at an eighth of their size, which reads them all.
     """
     try:
-        with open_image(BytesIO(content)) as image:
-            image.verify()  # the checksums of a PNG, which are not looked at in decoding
+        if content.startswith(PNG_START):
+            with open_image(BytesIO(content)) as image:
+                image.verify()  # the checksums, which are not looked at in decoding
         with open_image(BytesIO(content)) as image:
             image.draft(None, (1, 1))
             plain_image(image)
