@@ -86,13 +86,14 @@ def test_what_a_stopped_process_tracked_of_later_iterations_is_not_shown(tmp_pat
     assert curve(tmp_path, "loss/train") == [(4, 1), (8, 2)]
 
 
-def test_where_tensorboard_is_missing_the_error_says_how_to_install_it(toy_data: Path, tmp_path: Path) -> None:
-    words = command(toy_data, tmp_path, "--tracker", "tensorboard")
-    hidden = "import sys; sys.modules['tensorboard'] = None; from utils import entry; import train_maml_system as t"
-    code = f"{hidden}; sys.exit(entry.run(lambda: t.main({words!r})))"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr == "error: --tracker tensorboard needs TensorBoard: pip install tensorboard\n"
+def test_where_tensorboard_is_missing_the_error_says_how_to_install_it(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if "tensorboard" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"^--tracker tensorboard needs TensorBoard: pip install tensorboard$"):
+        main(command(toy_data, tmp_path, "--tracker", "tensorboard"))
 
 
 @pytest.mark.slow
